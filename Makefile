@@ -1,0 +1,103 @@
+# What a developer runs. `make` alone lists it; every step is skipped when it has nothing to do.
+
+PYTHON      ?= python3
+CMAKE_FLAGS ?=
+# about 1.5 GB for each compiler, or a small board swaps
+JOBS        ?= $(shell awk -v n="$$(nproc)" '/MemAvailable/ { m = int($$2 / 1500000); print m < 1 ? 1 : m < n ? m : n }' /proc/meminfo)
+
+PY          := .venv/bin/python
+PIP         := $(PY) -m pip --disable-pip-version-check -q
+PIP_INSTALL := $(PIP) install -c constraints.txt
+GENERATOR   := $(if $(shell command -v ninja),-G Ninja)
+CONFIGURE   := cmake -S . $(GENERATOR) --log-level=WARNING
+COMPILE     := cmake --build
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test sanitize wheel stock lint clean system-packages vendor native
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: native .venv/.spac-installed ## everything that `.venv/bin/spac` needs, with upstream compiled for this machine
+
+demo: build ## a first run: the demo model, in less memory than it needs
+	$(PY) scripts/demo.py
+
+test: build ## native unit tests and pytest; both run, and either failing fails
+	@status=0; \
+	ctest --test-dir build/native --output-on-failure --no-tests=error || status=1; \
+	$(PY) -m pytest || status=1; \
+	exit $$status
+
+sanitize: vendor ## native unit tests under ASan + UBSan, then under TSan
+	@status=0; \
+	$(MAKE) --no-print-directory sanitize-run DIRECTORY=build/asan SANITIZE=address,undefined || status=1; \
+	$(MAKE) --no-print-directory sanitize-run DIRECTORY=build/tsan SANITIZE=thread || status=1; \
+	exit $$status
+
+# OpenMP's runtime is not instrumented and TSan would report it, so ggml uses its own threads here. TSan's runtime cannot
+# start where address space randomisation is wider than it expects: without randomisation it can.
+.PHONY: sanitize-run
+sanitize-run:
+	$(CONFIGURE) -B $(DIRECTORY) -DSPAC_SANITIZE=$(SANITIZE) -DGGML_OPENMP=OFF -DSPAC_TESTS=ON $(CMAKE_FLAGS)
+	$(COMPILE) $(DIRECTORY) -j $(JOBS) --target spac-tests
+	@fixed=""; if setarch -R true 2>/dev/null; then fixed="setarch -R"; fi; \
+	$$fixed ctest --test-dir $(DIRECTORY) --output-on-failure --no-tests=error
+
+wheel: vendor build/wheels/llama-cpp-python.stamp ## dist/: wheels that install elsewhere without a compiler
+	rm -rf dist build/wheel
+	mkdir -p dist
+	cp build/wheels/*.whl dist/
+	CMAKE_ARGS="$(CMAKE_FLAGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) wheel --no-deps --no-build-isolation -w dist .
+	@ls -l dist
+
+stock: vendor ## build/stock/lib: upstream without patches, same flags: what benchmarks compare with
+	@$(PY) scripts/vendor pristine build/stock/src
+	$(CONFIGURE) -B build/stock/native -DSPAC_STOCK=ON -DSPAC_VENDOR_DIR=$(CURDIR)/build/stock/src -DSPAC_LIB_DESTINATION=lib $(CMAKE_FLAGS)
+	$(COMPILE) build/stock/native -j $(JOBS)
+	@cmake --install build/stock/native --component spac --prefix build/stock >/dev/null
+
+lint: .venv/.spac-installed ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean: ## remove what was built; .venv and vendor/ stay
+	rm -rf build dist spac/lib .mypy_cache .pytest_cache .ruff_cache
+	find spac tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- the steps of a build -------------------------------------------------------------------------------------------
+
+system-packages:
+	@scripts/system-packages
+
+.venv/.created: | system-packages
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# The build backends, so that nothing is fetched for building in isolation.
+.venv/.build-tools: constraints.txt .venv/.created
+	$(PIP_INSTALL) pip scikit-build-core wheel
+	@touch $@
+
+vendor: .venv/.build-tools
+	@$(PY) scripts/vendor fetch
+
+# llama-cpp-python is used for its Python only: without its own copy of the libraries it is pure, whatever its tag says.
+build/wheels/llama-cpp-python.stamp: vendor/llama.cpp.lock | vendor
+	rm -rf build/wheels && mkdir -p build/wheels
+	sdist=$$($(PY) scripts/vendor sdist) && \
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PIP) wheel --no-deps --no-build-isolation --no-cache-dir -w build/wheels "$$sdist"
+	@if $(PY) -m zipfile -l build/wheels/*.whl | grep -E '\.(so|a)\b'; then echo "llama-cpp-python's wheel is not pure" >&2; exit 1; fi
+	$(PY) -m wheel tags --remove --platform-tag any build/wheels/*.whl
+	@touch $@
+
+.venv/.spac-installed: pyproject.toml constraints.txt build/wheels/llama-cpp-python.stamp .venv/.build-tools
+	$(PIP_INSTALL) --force-reinstall --no-deps build/wheels/*.whl
+	$(PIP_INSTALL) --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace -e ".[dev]"
+	@touch $@
+
+native: vendor
+	@test -f build/native/CMakeCache.txt || $(CONFIGURE) -B build/native $(CMAKE_FLAGS)
+	@$(COMPILE) build/native -j $(JOBS)
+	@cmake --install build/native --component spac --prefix . >/dev/null

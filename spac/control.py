@@ -1,0 +1,413 @@
+"""The control channel: libspac's C ABI (spac/native/include/spac.h) in ctypes.
+
+Importing this module loads llama_cpp and libspac.so, compares every struct's layout with the library's own and registers
+the pager with the CPU backend. It knows no policy: budgets and plans come from `spac.memory`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import spac
+from spac.errors import (
+    BudgetError,
+    Cancelled,
+    ExpertReadError,
+    LibraryError,
+    ModelChangedError,
+    ModelFileError,
+    OptionError,
+    SpacError,
+)
+from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
+
+ABI_VERSION: Final = 1
+EVENT_MAX_EXPERTS: Final = 32
+
+OK: Final = 0
+E_ARGUMENT: Final = -1
+E_BACKEND: Final = -2
+E_BUDGET: Final = -3
+E_IO: Final = -4
+E_CHANGED: Final = -5
+E_CANCELLED: Final = -6
+E_MEMORY: Final = -7
+
+STORES: Final = {"auto": 0, "direct": 1, "buffered": 2, "mmap": 3, "mock": 4}
+
+
+# typedef struct spac_options { uint64_t struct_size; int32_t store; int32_t n_io_threads; } spac_options;
+class Options(ctypes.Structure):
+    _fields_ = (("struct_size", ctypes.c_uint64), ("store", ctypes.c_int32), ("n_io_threads", ctypes.c_int32))
+
+
+# typedef struct spac_info { uint64_t struct_size, expert_bytes, expert_page_bytes, max_bundle_bytes, floor_bytes;
+#                            int32_t n_layers, n_experts, n_tensors, store; } spac_info;
+class Info(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("expert_bytes", ctypes.c_uint64),
+        ("expert_page_bytes", ctypes.c_uint64),
+        ("max_bundle_bytes", ctypes.c_uint64),
+        ("floor_bytes", ctypes.c_uint64),
+        ("n_layers", ctypes.c_int32),
+        ("n_experts", ctypes.c_int32),
+        ("n_tensors", ctypes.c_int32),
+        ("store", ctypes.c_int32),
+    )
+
+
+# typedef struct spac_stats { uint64_t struct_size, budget_bytes, ... events; } spac_stats;
+class Stats(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("budget_bytes", ctypes.c_uint64),
+        ("used_bytes", ctypes.c_uint64),
+        ("peak_bytes", ctypes.c_uint64),
+        ("model_used_bytes", ctypes.c_uint64),
+        ("hits", ctypes.c_uint64),
+        ("misses", ctypes.c_uint64),
+        ("reads", ctypes.c_uint64),
+        ("bytes_read", ctypes.c_uint64),
+        ("evictions", ctypes.c_uint64),
+        ("rereads", ctypes.c_uint64),
+        ("read_errors", ctypes.c_uint64),
+        ("stall_ns", ctypes.c_uint64),
+        ("read_ns", ctypes.c_uint64),
+        ("tokens", ctypes.c_uint64),
+        ("ubatches", ctypes.c_uint64),
+        ("events", ctypes.c_uint64),
+    )
+
+
+# typedef struct spac_event { uint64_t sequence, token, stall_ns; uint32_t hit_mask; uint16_t layer, n_experts;
+#                             uint16_t experts[SPAC_EVENT_MAX_EXPERTS]; } spac_event;
+class Event(ctypes.Structure):
+    _fields_ = (
+        ("sequence", ctypes.c_uint64),
+        ("token", ctypes.c_uint64),
+        ("stall_ns", ctypes.c_uint64),
+        ("hit_mask", ctypes.c_uint32),
+        ("layer", ctypes.c_uint16),
+        ("n_experts", ctypes.c_uint16),
+        ("experts", ctypes.c_uint16 * EVENT_MAX_EXPERTS),
+    )
+
+
+# typedef struct spac_error { uint64_t struct_size; int32_t code, os_error; uint64_t offset, length; char path[1024]; } spac_error;
+class Error(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("code", ctypes.c_int32),
+        ("os_error", ctypes.c_int32),
+        ("offset", ctypes.c_uint64),
+        ("length", ctypes.c_uint64),
+        ("path", ctypes.c_char * 1024),
+    )
+
+
+# typedef struct spac_memory { uint64_t struct_size, dense_bytes, expert_bytes, context_bytes, compute_bytes; } spac_memory;
+class Memory(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("dense_bytes", ctypes.c_uint64),
+        ("expert_bytes", ctypes.c_uint64),
+        ("context_bytes", ctypes.c_uint64),
+        ("compute_bytes", ctypes.c_uint64),
+    )
+
+
+# typedef struct spac_bundle { int32_t layer, expert, deadline; float utility; } spac_bundle;
+class Bundle(ctypes.Structure):
+    _fields_ = (
+        ("layer", ctypes.c_int32),
+        ("expert", ctypes.c_int32),
+        ("deadline", ctypes.c_int32),
+        ("utility", ctypes.c_float),
+    )
+
+
+# in the order of SPAC_STRUCT_*
+STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (Options, Info, Stats, Event, Error, Memory, Bundle)
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_S = TypeVar("_S", bound=ctypes.Structure)
+
+
+def _load_library() -> ctypes.CDLL:
+    folder = spac.library_folder
+    if folder is None:
+        raise LibraryError(
+            "libspac.so was not found: install spac from its wheel, or run `make build` in its source folder"
+            " (LLAMA_CPP_LIB_PATH, if it is set, must name a folder that holds libspac.so)"
+        )
+    try:
+        import llama_cpp.llama_cpp as upstream
+
+        if Path(upstream._base_path).resolve() != folder:
+            raise LibraryError(f"llama_cpp uses the libraries in {upstream._base_path}, not those in {folder}: import spac first")
+        return ctypes.CDLL(str(folder / "libspac.so"))
+    except (OSError, FileNotFoundError) as e:
+        raise LibraryError(f"the libraries in {folder} cannot be loaded: {e}") from e
+
+
+_lib = _load_library()
+
+
+def _function(name: str, argtypes: list[Any], restype: Any) -> Callable[[_F], _F]:
+    def decorator(stub: _F) -> _F:
+        function = getattr(_lib, name)
+        function.argtypes = argtypes
+        function.restype = restype
+        functools.update_wrapper(function, stub)
+        return cast(_F, function)
+
+    return decorator
+
+
+# -- library --
+
+
+# int spac_abi_version(void);
+@_function("spac_abi_version", [], ctypes.c_int)
+def spac_abi_version() -> int: ...
+
+
+# size_t spac_struct_size(int which);
+@_function("spac_struct_size", [ctypes.c_int], ctypes.c_size_t)
+def spac_struct_size(which: int, /) -> int: ...
+
+
+# const char * spac_last_error(void);
+@_function("spac_last_error", [], ctypes.c_char_p)
+def spac_last_error() -> bytes: ...
+
+
+# int spac_init(void);
+@_function("spac_init", [], ctypes.c_int)
+def spac_init() -> int: ...
+
+
+# void * spac_buffer_type(void);
+@_function("spac_buffer_type", [], ctypes.c_void_p)
+def spac_buffer_type() -> int | None: ...
+
+
+# -- budget of the process --
+
+
+# int spac_budget_set(uint64_t bytes);
+@_function("spac_budget_set", [ctypes.c_uint64], ctypes.c_int)
+def spac_budget_set(n_bytes: int, /) -> int: ...
+
+
+# uint64_t spac_budget_get(void);
+@_function("spac_budget_get", [], ctypes.c_uint64)
+def spac_budget_get() -> int: ...
+
+
+# -- models --
+
+
+# int spac_load_begin(const spac_options * options);
+@_function("spac_load_begin", [ctypes.POINTER(Options)], ctypes.c_int)
+def spac_load_begin(options: Any, /) -> int: ...
+
+
+# int spac_load_end(void);
+@_function("spac_load_end", [], ctypes.c_int)
+def spac_load_end() -> int: ...
+
+
+# int spac_model_info(int model, spac_info * info);
+@_function("spac_model_info", [ctypes.c_int, ctypes.POINTER(Info)], ctypes.c_int)
+def spac_model_info(model: int, info: Any, /) -> int: ...
+
+
+# int spac_model_stats(int model, spac_stats * stats);
+@_function("spac_model_stats", [ctypes.c_int, ctypes.POINTER(Stats)], ctypes.c_int)
+def spac_model_stats(model: int, stats: Any, /) -> int: ...
+
+
+# int spac_model_stats_by_layer(int model, int32_t * layers, uint64_t * hits, uint64_t * misses, int n);
+@_function(
+    "spac_model_stats_by_layer",
+    [ctypes.c_int, ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint64), ctypes.c_int],
+    ctypes.c_int,
+)
+def spac_model_stats_by_layer(model: int, layers: Any, hits: Any, misses: Any, n: int, /) -> int: ...
+
+
+# int spac_model_events(int model, uint64_t from, spac_event * events, int n);
+@_function("spac_model_events", [ctypes.c_int, ctypes.c_uint64, ctypes.POINTER(Event), ctypes.c_int], ctypes.c_int)
+def spac_model_events(model: int, from_: int, events: Any, n: int, /) -> int: ...
+
+
+# int spac_model_prefetch(int model, const spac_bundle * bundles, int n);
+@_function("spac_model_prefetch", [ctypes.c_int, ctypes.POINTER(Bundle), ctypes.c_int], ctypes.c_int)
+def spac_model_prefetch(model: int, bundles: Any, n: int, /) -> int: ...
+
+
+# int spac_model_evict_all(int model);
+@_function("spac_model_evict_all", [ctypes.c_int], ctypes.c_int)
+def spac_model_evict_all(model: int, /) -> int: ...
+
+
+# int spac_mock_fail_reads(int model, int after, int count, int os_error);
+@_function("spac_mock_fail_reads", [ctypes.c_int] * 4, ctypes.c_int)
+def spac_mock_fail_reads(model: int, after: int, count: int, os_error: int, /) -> int: ...
+
+
+# -- contexts --
+
+
+# spac_context * spac_context_new(bool (*user_callback)(void *), void * user_data);
+@_function("spac_context_new", [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p)
+def spac_context_new(user_callback: int | None, user_data: int | None, /) -> int | None: ...
+
+
+# void spac_context_free(spac_context * context);
+@_function("spac_context_free", [ctypes.c_void_p], None)
+def spac_context_free(context: int, /) -> None: ...
+
+
+# void spac_cancel(spac_context * context);
+@_function("spac_cancel", [ctypes.c_void_p], None)
+def spac_cancel(context: int, /) -> None: ...
+
+
+# int spac_context_take_error(spac_context * context, spac_error * error);
+@_function("spac_context_take_error", [ctypes.c_void_p, ctypes.POINTER(Error)], ctypes.c_int)
+def spac_context_take_error(context: int, error: Any, /) -> int: ...
+
+
+# -- sizes --
+
+
+# int spac_memory_measure(const char * path, const void * model_params, const void * context_params, spac_memory * memory);
+@_function(
+    "spac_memory_measure", [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(Memory)], ctypes.c_int
+)
+def spac_memory_measure(path: bytes, model_params: Any, context_params: Any, memory: Any, /) -> int: ...
+
+
+# -- typed wrappers --
+
+_ERRORS: Final[dict[int, type[SpacError]]] = {
+    E_ARGUMENT: OptionError,
+    E_BACKEND: LibraryError,
+    E_BUDGET: BudgetError,
+    E_IO: ModelFileError,
+    E_CHANGED: ModelFileError,
+    E_MEMORY: BudgetError,
+}
+
+
+def check(code: int) -> int:
+    """Return a non-negative code as it is; raise the error that a negative one stands for, with libspac's own words."""
+    if code >= 0:
+        return code
+    message = (spac_last_error() or b"").decode(errors="replace") or f"libspac failed with code {code}"
+    if code == E_CANCELLED:
+        raise Cancelled(message)
+    raise _ERRORS.get(code, SpacError)(message)
+
+
+def _sized(struct: type[_S]) -> _S:
+    return struct(struct_size=ctypes.sizeof(struct))
+
+
+def check_library() -> None:
+    """Compare the ABI version and every struct's size with the library's, then register the pager with the CPU backend."""
+    if spac_abi_version() != ABI_VERSION:
+        raise LibraryError(f"libspac.so has ABI version {spac_abi_version()}, this spac needs {ABI_VERSION}: build it again")
+    for which, struct in enumerate(STRUCTS):
+        if spac_struct_size(which) != ctypes.sizeof(struct):
+            raise LibraryError(
+                f"libspac.so: struct {struct.__name__} has {spac_struct_size(which)} bytes, expected {ctypes.sizeof(struct)}:"
+                " build it again"
+            )
+    check(spac_init())
+
+
+def abort_callback_address() -> int:
+    """Address of the native `spac_abort_callback`, for `llama_context_params.abort_callback`."""
+    address = ctypes.cast(_lib.spac_abort_callback, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+def begin_load(store: str, n_io_threads: int = 0) -> None:
+    """Page the expert tensors of the model that this thread loads next; `store` is a key of `STORES`."""
+    if store not in STORES:
+        raise OptionError(f"store {store!r} does not exist: use one of {', '.join(name for name in STORES if name != 'mock')}")
+    check(spac_load_begin(ctypes.byref(Options(ctypes.sizeof(Options), STORES[store], n_io_threads))))
+
+
+def model_info(model: int) -> ModelInfo:
+    raw = _sized(Info)
+    check(spac_model_info(model, ctypes.byref(raw)))
+    names = {number: name for name, number in STORES.items()}
+    fields = {name: getattr(raw, name) for name, *_ in Info._fields_[1:-1]}
+    return ModelInfo(**fields, store=names.get(raw.store, str(raw.store)))
+
+
+def model_stats(model: int) -> ModelStats:
+    raw = _sized(Stats)
+    check(spac_model_stats(model, ctypes.byref(raw)))
+    fields = {name: getattr(raw, name) for name, *_ in Stats._fields_[1:] if not name.endswith("_ns")}
+    return ModelStats(**fields, stall_s=raw.stall_ns / 1e9, read_s=raw.read_ns / 1e9)
+
+
+def model_stats_by_layer(model: int) -> list[LayerStats]:
+    n = model_info(model).n_layers
+    layers, hits, misses = (ctypes.c_int32 * n)(), (ctypes.c_uint64 * n)(), (ctypes.c_uint64 * n)()
+    check(spac_model_stats_by_layer(model, layers, hits, misses, n))
+    return [LayerStats(*row) for row in zip(layers, hits, misses, strict=True)]
+
+
+def model_events(model: int, from_: int = 0, limit: int = 8192) -> list[RoutingEvent]:
+    """Routing events from sequence number `from_` on, at most `limit`; the oldest may have been overwritten."""
+    raw = (Event * limit)()
+    n = check(spac_model_events(model, from_, raw, limit))
+    return [
+        RoutingEvent(
+            sequence=event.sequence,
+            token=event.token,
+            layer=event.layer,
+            experts=tuple(event.experts[: min(event.n_experts, EVENT_MAX_EXPERTS)]),
+            hits=tuple(bool(event.hit_mask >> i & 1) for i in range(min(event.n_experts, EVENT_MAX_EXPERTS))),
+            stall_s=event.stall_ns / 1e9,
+        )
+        for event in raw[:n]
+    ]
+
+
+def memory_measure(path: str, model_params: ctypes.Structure, context_params: ctypes.Structure) -> Memory:
+    """What the model and a context would take by upstream's own account; nothing is allocated but the vocabulary."""
+    raw = _sized(Memory)
+    check(spac_memory_measure(path.encode(), ctypes.byref(model_params), ctypes.byref(context_params), ctypes.byref(raw)))
+    return raw
+
+
+def take_error(context: int) -> SpacError | None:
+    """Why the last decode of this context stopped, and forget it; None if nothing of ours stopped it."""
+    raw = _sized(Error)
+    code = spac_context_take_error(context, ctypes.byref(raw))
+    if code == OK:
+        return None
+    path = raw.path.decode(errors="replace")
+    if code == E_IO:
+        return ExpertReadError(path, raw.offset, raw.length, raw.os_error)
+    if code == E_CHANGED:
+        return ModelChangedError(path)
+    if code == E_CANCELLED:
+        return Cancelled()
+    return _ERRORS.get(code, SpacError)(f"decoding stopped with code {code}")
+
+
+check_library()

@@ -1,0 +1,127 @@
+"""Keeps the whole process under its memory limit: sets libspac's expert budget from what everything else really takes.
+
+One governor serves the process, since the budget is one for all models. It is asked when a model comes or goes and after
+every decode; in between, the reserve of `spac.plan` covers what grows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from spac import memory
+from spac.errors import BudgetError
+from spac.memory import format_bytes
+from spac.plan import reserve_bytes
+
+
+@dataclass
+class _Member:
+    limit_bytes: int
+    floor_bytes: int = 0
+    untouched_bytes: int = 0  # allocated, but not yet in memory: compute buffers before the first decode
+
+
+class Governor:
+    """Budget of experts = limit - everything else.
+
+    `set_budget` and `used_bytes` are libspac's; `resident` measures the process. Thread-safe.
+    """
+
+    def __init__(
+        self, set_budget: Callable[[int], None], used_bytes: Callable[[], int], resident: Callable[[], int] = memory.resident_bytes
+    ) -> None:
+        self._set_budget = set_budget
+        self._used_bytes = used_bytes
+        self._resident = resident
+        self._members: dict[int, _Member] = {}
+        self._lock = threading.RLock()
+        self._next = 1
+        self.budget_bytes = 0
+
+    @property
+    def limit_bytes(self) -> int:
+        """The tightest limit of all models that are loaded."""
+        return min((member.limit_bytes for member in self._members.values()), default=0)
+
+    def rest_bytes(self) -> int:
+        """What the process takes besides experts, buffers that it has not touched yet included."""
+        untouched = sum(member.untouched_bytes for member in self._members.values())
+        return max(0, self._resident() - self._used_bytes()) + untouched
+
+    @contextlib.contextmanager
+    def loading(self, limit_bytes: int, floor_bytes: int, need_bytes: int) -> Iterator[int]:
+        """Make room for a paged model that is about to load: experts of others shrink for the time.
+
+        Args:
+            limit_bytes: for the whole process.
+            floor_bytes: the smallest budget of the new model.
+            need_bytes: what it takes besides experts.
+
+        Yields:
+            A number for `settle` and `release`; it is released if the load fails.
+        """
+        with self._lock:
+            member = self._next
+            self._next += 1
+            others = [m.floor_bytes for m in self._members.values()]
+            self._members[member] = _Member(limit_bytes, floor_bytes)
+            least = max([floor_bytes, *others])
+            budget = self.limit_bytes - self.rest_bytes() - need_bytes - reserve_bytes(self.limit_bytes)
+            self._apply(max(least, min(budget, self.budget_bytes or least)))
+        try:
+            yield member
+        except BaseException:
+            self.release(member)
+            raise
+
+    def settle(self, member: int, floor_bytes: int, untouched_bytes: int) -> int:
+        """Give experts all that is left, now that the model is loaded; returns the budget in bytes.
+
+        Raises:
+            BudgetError: what is left is below a floor.
+        """
+        with self._lock:
+            self._members[member].floor_bytes = floor_bytes
+            self._members[member].untouched_bytes = untouched_bytes
+            budget = self._left()
+            floor = self._floor()
+            if budget < floor:
+                raise BudgetError(
+                    f"the loaded model leaves {format_bytes(max(budget, 0))} for experts, they need {format_bytes(floor)};"
+                    f" raise --memory by {format_bytes(floor - budget)} or lower --ctx"
+                )
+            self._apply(budget)
+            return budget
+
+    def check(self) -> None:
+        """After a decode: shrink the experts' budget if the rest has grown into it."""
+        if not self._members:
+            return
+        with self._lock:
+            rest = max(0, self._resident() - self._used_bytes())
+            budget = self.limit_bytes - rest - reserve_bytes(self.limit_bytes) // 2
+            if budget < self.budget_bytes:
+                self._apply(max(budget, self._floor()))
+
+    def release(self, member: int) -> None:
+        """A model is gone, or did not come about: the others may take its room."""
+        with self._lock:
+            self._members.pop(member, None)
+            if self._members:
+                self._apply(max(self._left(), self._floor()))
+            else:
+                self.budget_bytes = 0
+
+    def _left(self) -> int:
+        return self.limit_bytes - self.rest_bytes() - reserve_bytes(self.limit_bytes)
+
+    def _floor(self) -> int:
+        return max((m.floor_bytes for m in self._members.values()), default=0)
+
+    def _apply(self, budget: int) -> None:
+        if budget != self.budget_bytes:
+            self._set_budget(budget)
+            self.budget_bytes = budget

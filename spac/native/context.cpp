@@ -1,0 +1,25 @@
+#include "context.h"
+
+#include <cstring>
+
+void spac_context::stop(int code, int os_error, const std::string & path, uint64_t offset, uint64_t length) {
+    std::lock_guard<std::mutex> lock(error_mutex_);
+    if (error_.code == SPAC_OK) {
+        error_.code     = code;
+        error_.os_error = os_error;
+        error_.offset   = offset;
+        error_.length   = length;
+        std::strncpy(error_.path, path.c_str(), sizeof error_.path - 1);
+    }
+    stopped.store(true, std::memory_order_release);
+}
+
+int spac_context::take(spac_error & error) {
+    std::lock_guard<std::mutex> lock(error_mutex_);
+    const uint64_t struct_size = error.struct_size;
+    error             = error_;
+    error.struct_size = struct_size;
+    error_            = spac_error{};
+    stopped.store(false, std::memory_order_release);
+    return error.code;
+}

@@ -1,0 +1,179 @@
+// spac.h - C ABI of libspac: paging of expert weights under a hard byte budget.
+//
+// Caveats first
+//  - All functions may be called from any thread, except that spac_load_begin(), the llama_model_load_*() call and
+//    spac_load_end() of one model belong on one thread.
+//  - Functions that return int return SPAC_OK or a negative SPAC_E_*; spac_last_error() then holds one line for people.
+//  - Nothing here aborts, exits or throws.
+//  - Structs start with struct_size: the caller sets it to its own sizeof, the library refuses a size it does not know.
+//    spac_struct_size() lets a foreign binding compare every layout when it loads.
+//  - The byte budget is one for the whole process and is shared by all models.
+
+#ifndef SPAC_H
+#define SPAC_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#    define SPAC_API __attribute__((visibility("default")))
+#else
+#    define SPAC_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SPAC_ABI_VERSION 1
+#define SPAC_EVENT_MAX_EXPERTS 32  // a token's experts beyond this many are counted, but not named in its event
+
+enum {
+    SPAC_OK          = 0,
+    SPAC_E_ARGUMENT  = -1,  // an argument makes no sense (unknown id, wrong struct_size, null)
+    SPAC_E_BACKEND   = -2,  // this llama.cpp does not have the three hooks (unpatched, or another version)
+    SPAC_E_BUDGET    = -3,  // the budget is below the floor
+    SPAC_E_IO        = -4,  // open, stat, map or read failed; errno is in the message
+    SPAC_E_CHANGED   = -5,  // a model file was replaced, truncated or written to while in use
+    SPAC_E_CANCELLED = -6,  // spac_cancel() was called
+    SPAC_E_MEMORY    = -7,  // address space could not be reserved
+};
+
+enum {
+    SPAC_STORE_AUTO     = 0,  // direct, or buffered where O_DIRECT is refused
+    SPAC_STORE_DIRECT   = 1,  // O_DIRECT reads into anonymous memory
+    SPAC_STORE_BUFFERED = 2,  // pread through the page cache, which is dropped behind
+    SPAC_STORE_MMAP     = 3,  // shared file mapping: the kernel may reclaim and refault, so the budget is best effort
+    SPAC_STORE_MOCK     = 4,  // buffered, with failures injected by spac_mock_fail_reads(): for tests
+};
+
+// spac_struct_size() takes one of these
+enum {
+    SPAC_STRUCT_OPTIONS = 0,
+    SPAC_STRUCT_INFO    = 1,
+    SPAC_STRUCT_STATS   = 2,
+    SPAC_STRUCT_EVENT   = 3,
+    SPAC_STRUCT_ERROR   = 4,
+    SPAC_STRUCT_MEMORY  = 5,
+    SPAC_STRUCT_BUNDLE  = 6,
+};
+
+typedef struct spac_context spac_context;
+
+// how the next model is to be paged
+typedef struct spac_options {
+    uint64_t struct_size;
+    int32_t  store;         // SPAC_STORE_*
+    int32_t  n_io_threads;  // reads in flight; 0: default. One pool serves the process: the largest wish wins
+} spac_options;
+
+typedef struct spac_info {
+    uint64_t struct_size;
+    uint64_t expert_bytes;       // all expert tensors, as in the file
+    uint64_t expert_page_bytes;  // the same in whole pages: a budget of this much holds everything
+    uint64_t max_bundle_bytes;   // largest bundle (one expert's tensors in one layer), in whole pages
+    uint64_t floor_bytes;        // smallest budget that this model runs in
+    int32_t  n_layers;           // layers that have experts
+    int32_t  n_experts;          // experts in such a layer (the largest number, should they differ)
+    int32_t  n_tensors;          // paged tensors
+    int32_t  store;              // SPAC_STORE_* in use
+} spac_info;
+
+// All counters run from the model's load. A use is one expert in one layer in one ubatch.
+typedef struct spac_stats {
+    uint64_t struct_size;
+    uint64_t budget_bytes;      // of the process
+    uint64_t used_bytes;        // pages that hold experts or are being read into, all models
+    uint64_t peak_bytes;        // largest used_bytes since a model was loaded into an empty process
+    uint64_t model_used_bytes;  // this model's part of used_bytes
+    uint64_t hits;              // uses whose bundle was wholly resident when its layer began
+    uint64_t misses;            // the other uses
+    uint64_t reads;             // slices read (a slice: one expert of one tensor)
+    uint64_t bytes_read;        // bytes asked of the file, alignment included
+    uint64_t evictions;         // slices dropped
+    uint64_t rereads;           // slices read again after they had been dropped
+    uint64_t read_errors;
+    uint64_t stall_ns;          // time that the deciding compute thread slept for a slice
+    uint64_t read_ns;           // time inside reads, summed over the reading threads
+    uint64_t tokens;            // tokens that passed the first paged layer
+    uint64_t ubatches;          // ubatches, likewise
+    uint64_t events;            // routing events written so far
+} spac_stats;
+
+// One token's routing in one layer, in the order in which layers are computed.
+typedef struct spac_event {
+    uint64_t sequence;          // 0, 1, 2 ... for this model
+    uint64_t token;             // running number of the token within this model
+    uint64_t stall_ns;          // the model's spac_stats.stall_ns when the layer began: subtract neighbours
+    uint32_t hit_mask;          // bit i: experts[i] was wholly resident
+    uint16_t layer;             // block number in the model
+    uint16_t n_experts;         // experts chosen; the first SPAC_EVENT_MAX_EXPERTS are in experts[]
+    uint16_t experts[SPAC_EVENT_MAX_EXPERTS];
+} spac_event;
+
+// why a decode stopped
+typedef struct spac_error {
+    uint64_t struct_size;
+    int32_t  code;        // SPAC_OK, SPAC_E_IO, SPAC_E_CHANGED or SPAC_E_CANCELLED
+    int32_t  os_error;    // errno, or 0
+    uint64_t offset;      // file offset of the read, bytes
+    uint64_t length;      // bytes
+    char     path[1024];  // the file
+} spac_error;
+
+// what a model and a context would take, measured by upstream itself without allocating
+typedef struct spac_memory {
+    uint64_t struct_size;
+    uint64_t dense_bytes;    // weights other than those in the paged buffer type
+    uint64_t expert_bytes;   // weights in the paged buffer type, with up to two pages for each tensor
+    uint64_t context_bytes;  // KV cache and recurrent state
+    uint64_t compute_bytes;  // compute and output buffers
+} spac_memory;
+
+typedef struct spac_bundle {
+    int32_t layer;     // block number
+    int32_t expert;
+    int32_t deadline;  // layers until needed; smaller is read first
+    float   utility;   // expected use: it may evict only what is worth less
+} spac_bundle;
+
+// -- library --
+SPAC_API int          spac_abi_version(void);
+SPAC_API size_t       spac_struct_size(int which);  // 0 for an unknown number
+SPAC_API const char * spac_last_error(void);        // of the calling thread; "" if none; valid until its next failing call
+SPAC_API int          spac_init(void);              // registers with the CPU backend; call before a model loads; idempotent
+SPAC_API void *       spac_buffer_type(void);       // ggml_backend_buffer_type_t for tensor_buft_overrides; NULL before spac_init
+
+// -- budget of the process --
+SPAC_API int      spac_budget_set(uint64_t bytes);  // evicts down to it before it returns; SPAC_E_BUDGET below a loaded model's floor
+SPAC_API uint64_t spac_budget_get(void);
+
+// -- models --
+SPAC_API int spac_load_begin(const spac_options * options);
+SPAC_API int spac_load_end(void);  // the model's id (> 0), 0 if nothing was paged, or a negative error. Call it also if the load failed
+SPAC_API int spac_model_info(int model, spac_info * info);
+SPAC_API int spac_model_stats(int model, spac_stats * stats);
+SPAC_API int spac_model_stats_by_layer(int model, int32_t * layers, uint64_t * hits, uint64_t * misses, int n);  // returns the number of paged layers
+// copies events from sequence number `from` on; returns how many; older ones than the ring holds are left out
+SPAC_API int spac_model_events(int model, uint64_t from, spac_event * events, int n);
+SPAC_API int spac_model_prefetch(int model, const spac_bundle * bundles, int n);  // returns how many reads were queued
+SPAC_API int spac_model_evict_all(int model);                                     // for measuring cold; returns slices dropped
+SPAC_API int spac_mock_fail_reads(int model, int after, int count, int os_error); // SPAC_STORE_MOCK only
+
+// -- contexts: give spac_abort_callback and the handle to llama_context_params --
+SPAC_API spac_context * spac_context_new(bool (*user_callback)(void *), void * user_data);  // user_callback may be NULL: chained
+SPAC_API void           spac_context_free(spac_context * context);                          // after llama_free
+SPAC_API bool           spac_abort_callback(void * context);
+SPAC_API void           spac_cancel(spac_context * context);                                // the running or next decode returns 2
+SPAC_API int            spac_context_take_error(spac_context * context, spac_error * error); // fills and clears; returns error->code
+
+// -- sizes --
+// model_params: const struct llama_model_params *, context_params: const struct llama_context_params *
+SPAC_API int spac_memory_measure(const char * path, const void * model_params, const void * context_params, spac_memory * memory);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,271 @@
+// The reading side of the pager: the queue, the room in the budget, the reads.
+#include "pager.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace spac {
+
+// A layer's certain reads this close to the front may push out whatever no op will use; those farther ahead only what is
+// worth less, so that a long prompt streams through without wiping out what decoding will want again.
+static constexpr double near_head = 8;
+
+// Deadlines: 0 the op being computed, 1 and 2 its layer's other tensors, then prefetches.
+static constexpr int prefetch_deadline = 3;
+
+//
+// the queue
+//
+
+// Puts an absent slice into the queue, or a queued one nearer its front.
+void Pager::enqueue(PagedTensor & tensor, int expert, int deadline, double rank, Op * op) {
+    Slice & slice = tensor.slices[expert];
+    const State state = slice.state;
+    if (state == State::queued) {
+        if (slice.deadline < deadline || (slice.deadline == deadline && slice.rank <= rank)) {
+            return;
+        }
+        dequeue(tensor, expert);
+    } else if (state != State::absent) {
+        return;
+    }
+    slice.deadline = deadline;
+    slice.rank     = rank;
+    slice.op       = op;
+    slice.state    = State::queued;
+    queue_.insert({ deadline, rank, &tensor, expert });
+}
+
+void Pager::dequeue(PagedTensor & tensor, int expert) {
+    Slice & slice = tensor.slices[expert];
+    queue_.erase({ slice.deadline, slice.rank, &tensor, expert });
+    slice.op    = nullptr;
+    slice.state = State::absent;
+}
+
+Pager::Claim Pager::claim(const Job & job) const {
+    const Op * op = job.tensor->slices[job.expert].op;
+    if (op && op->head < op->needed.size() && op->needed[op->head] == job.expert) {
+        return Claim::anything_idle;
+    }
+    const double ahead = job.rank - (op ? (double) op->head : 0);
+    return job.deadline < prefetch_deadline && ahead < near_head ? Claim::not_upcoming : Claim::worth_less;
+}
+
+// Takes the first job that there is room for and makes the room. A demand without room does not hold up the demands of other
+// ops; a prefetch without room holds up the prefetches behind it, which want it less.
+bool Pager::take_job(Job & job) {
+    Refusal refusal;
+    for (const Job & candidate : queue_) {
+        if (make_room(candidate, claim(candidate), refusal)) {
+            job = candidate;
+            Slice & slice = job.tensor->slices[job.expert];
+            queue_.erase(job);
+            const size_t bytes = job.tensor->own_page_bytes(job.expert);
+            slice.op    = nullptr;
+            slice.state = State::reading;
+            ++job.tensor->group->bundles[job.expert].n_present;
+            used_ += bytes;
+            job.tensor->model->used_bytes += bytes;
+            if (used_ > peak_) {
+                peak_ = used_.load();
+            }
+            notify_work();  // the next one for another thread
+            return true;
+        }
+        if (candidate.deadline > 0) {
+            return false;
+        }
+    }
+    return false;
+}
+
+void Pager::read_and_finish(const Job & job, Lock & lock) {
+    PagedTensor & tensor = *job.tensor;
+    Model &       model  = *tensor.model;
+    Slice &       slice  = tensor.slices[job.expert];
+    lock.unlock();
+    const auto begin = std::chrono::steady_clock::now();
+    const ReadResult result =
+        model.store->read(*tensor.file, tensor.slice_data(job.expert), tensor.slice_bytes, tensor.slice_offset(job.expert));
+    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
+    lock.lock();
+    model.read_ns.fetch_add((uint64_t) ns, std::memory_order_relaxed);
+    model.reads.fetch_add(1, std::memory_order_relaxed);
+    model.bytes_read.fetch_add(result.bytes, std::memory_order_relaxed);
+    model.rereads.fetch_add(slice.was_read ? 1 : 0, std::memory_order_relaxed);
+    slice.was_read = true;
+    if (result.os_error == 0) {
+        slice.state.store(State::resident, std::memory_order_seq_cst);
+    } else {
+        model.read_errors.fetch_add(1, std::memory_order_relaxed);
+        slice.os_error = result.os_error;
+        slice.state    = State::failed;
+        release(tensor, job.expert);
+    }
+    arrived_.notify_all();
+}
+
+void Pager::work() {
+    Lock lock(mutex_);
+    while (!stopping_) {
+        Job job;
+        if (take_job(job)) {
+            read_and_finish(job, lock);
+        } else {
+            ++n_idle_threads_;
+            work_.wait(lock);
+            --n_idle_threads_;
+        }
+    }
+}
+
+bool Pager::run_one_read() {
+    Lock lock(mutex_);
+    Job job;
+    if (!take_job(job)) {
+        return false;
+    }
+    read_and_finish(job, lock);
+    return true;
+}
+
+void Pager::notify_work() {
+    if (!queue_.empty() && n_idle_threads_ > 0) {
+        work_.notify_one();
+    }
+}
+
+int Pager::prefetch(Model & model, const spac_bundle * bundles, int n) {
+    Lock lock(mutex_);
+    const size_t before = queue_.size();
+    for (int i = 0; i < n; ++i) {
+        for (auto & group : model.groups) {
+            const int e = bundles[i].expert;
+            if (group->layer != bundles[i].layer || e < 0 || e >= group->n_experts || !(bundles[i].utility > 0)) {
+                continue;
+            }
+            double & score = group->bundles[e].score;
+            score = std::max(score, Policy::worth(clock_, bundles[i].utility));
+            for (PagedTensor * part : group->parts) {
+                enqueue(*part, e, prefetch_deadline + std::max(0, bundles[i].deadline), -score, nullptr);
+            }
+        }
+    }
+    notify_work();
+    return (int) (queue_.size() - before);
+}
+
+//
+// room in the budget
+//
+
+bool Pager::idle(PagedTensor & tensor, int expert) const {
+    const Slice & slice = tensor.slices[expert];
+    return slice.state == State::resident && slice.users == 0;
+}
+
+bool Pager::is_head(const PagedTensor & tensor, int expert) const {
+    for (const Op * op : ops_) {
+        if (op->tensor == &tensor && op->head < op->needed.size() && op->needed[op->head] == expert) {
+            return true;
+        }
+    }
+    return false;
+}
+
+Pager::Victim Pager::cheapest() const {
+    Victim victim;
+    for (const auto & model : models_) {
+        for (const auto & group : model->groups) {
+            for (int e = 0; e < group->n_experts; ++e) {
+                const Bundle & bundle = group->bundles[e];
+                if (bundle.n_present == 0 || (victim.tensor && bundle.score >= victim.score)) {
+                    continue;
+                }
+                for (PagedTensor * part : group->parts) {
+                    if (e < part->n_experts && part->slices[e].upcoming == 0 && idle(*part, e)) {
+                        victim = { part, e, bundle.score };
+                        break;
+                    }
+                }
+            }
+        }
+    }
+    return victim;
+}
+
+// Slices that ops will still use, the latest use first: other tensors before the op's own, its own from the back.
+Pager::Victim Pager::spare_upcoming(const Op * op) const {
+    Victim victim;
+    for (const auto & model : models_) {
+        for (const auto & tensor : model->tensors) {
+            for (int e = 0; e < tensor->n_experts; ++e) {
+                if (tensor->slices[e].upcoming == 0 || !idle(*tensor, e) || is_head(*tensor, e)) {
+                    continue;
+                }
+                const double lateness = op && tensor.get() == op->tensor ? op->position[e] : 1e9 + tensor->rank;
+                if (!victim.tensor || lateness > victim.score) {
+                    victim = { tensor.get(), e, lateness };
+                }
+            }
+        }
+    }
+    return victim;
+}
+
+bool Pager::make_room(const Job & job, Claim claim, Refusal & refusal) {
+    const double own_score = job.tensor->group->bundles[job.expert].score;
+    if (refusal.full && claim != Claim::anything_idle && (claim == Claim::not_upcoming ? refusal.nothing : own_score <= refusal.score)) {
+        return false;  // an earlier job of this search found out
+    }
+    // evicting may change what is needed: a boundary page may no longer be shared
+    while (used_ + job.tensor->own_page_bytes(job.expert) > budget_) {
+        Victim victim = cheapest();
+        refusal.full    = true;
+        refusal.nothing = !victim.tensor;
+        refusal.score   = victim.tensor ? victim.score : HUGE_VAL;
+        if (victim.tensor && claim == Claim::worth_less && victim.score >= own_score) {
+            return false;
+        }
+        if (!victim.tensor && claim == Claim::anything_idle) {
+            victim = spare_upcoming(job.tensor->slices[job.expert].op);
+        }
+        if (!victim.tensor || !evict(*victim.tensor, victim.expert)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// False if a compute thread got there first.
+bool Pager::evict(PagedTensor & tensor, int expert) {
+    Slice & slice = tensor.slices[expert];
+    if (slice.state != State::resident) {
+        return false;
+    }
+    slice.state.store(State::absent, std::memory_order_seq_cst);
+    if (slice.users.load(std::memory_order_seq_cst) != 0) {
+        slice.state.store(State::resident, std::memory_order_seq_cst);
+        return false;
+    }
+    tensor.model->evictions.fetch_add(1, std::memory_order_relaxed);
+    release(tensor, expert);
+    return true;
+}
+
+// Gives back the pages of a slice that is present no more.
+void Pager::release(PagedTensor & tensor, int expert) {
+    uint8_t * address;
+    size_t    length;
+    tensor.own_pages(expert, address, length);
+    if (length > 0) {
+        const uint64_t offset = tensor.offset - (uint64_t) (tensor.data - address);
+        tensor.model->store->drop(*tensor.file, address, length, offset);
+    }
+    used_ -= length;
+    tensor.model->used_bytes -= length;
+    --tensor.group->bundles[expert].n_present;
+}
+
+}  // namespace spac

@@ -1,0 +1,435 @@
+// The compute side of the pager: models, ubatches, layers, ops. The reading side is in pager-queue.cpp.
+#include "pager.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace spac {
+
+//
+// set-up
+//
+
+void Model::arrange() {
+    std::stable_sort(tensors.begin(), tensors.end(), [](const auto & a, const auto & b) {
+        return a->group->key != b->group->key ? a->group->key < b->group->key : a->rank < b->rank;
+    });
+    std::stable_sort(groups.begin(), groups.end(), [](const auto & a, const auto & b) { return a->key < b->key; });
+    for (auto & tensor : tensors) {
+        Group & group    = *tensor->group;
+        tensor->model    = this;
+        tensor->part     = (int) group.parts.size();
+        tensor->slices   = std::make_unique<Slice[]>(tensor->n_experts);
+        group.n_experts  = std::max(group.n_experts, tensor->n_experts);
+        group.parts.push_back(tensor.get());
+        const uint64_t bytes = (uint64_t) tensor->n_experts * tensor->slice_bytes, misplaced = (uintptr_t) tensor->data % page_size();
+        expert_bytes += bytes;
+        expert_page_bytes += (misplaced + bytes + page_size() - 1) / page_size() * page_size();
+    }
+    for (size_t i = 0; i < groups.size(); ++i) {
+        Group & group = *groups[i];
+        group.index   = (int) i;
+        group.bundles.resize(group.n_experts);
+        n_experts = std::max(n_experts, group.n_experts);
+        for (int expert = 0; expert < group.n_experts; ++expert) {
+            uint64_t bytes = 0;
+            for (PagedTensor * part : group.parts) {
+                bytes += expert < part->n_experts ? part->page_bytes(expert) : 0;
+            }
+            max_bundle_bytes = std::max(max_bundle_bytes, bytes);
+        }
+    }
+}
+
+Pager::~Pager() {
+    {
+        Lock lock(mutex_);
+        stopping_ = true;
+    }
+    work_.notify_all();
+    for (auto & thread : threads_) {
+        thread.join();
+    }
+}
+
+void Pager::add_model(std::shared_ptr<Model> model, int n_io_threads) {
+    Lock setup(setup_mutex_);
+    Lock lock(mutex_);
+    contexts_.insert(&model->default_context);
+    if (models_.empty()) {
+        peak_ = used_.load();
+    }
+    models_.push_back(std::move(model));
+    while ((int) threads_.size() < n_io_threads) {
+        threads_.emplace_back([this] { work(); });
+    }
+}
+
+void Pager::remove_model(Model & model) {
+    Lock setup(setup_mutex_);
+    std::vector<std::thread> retired;
+    {
+        Lock lock(mutex_);
+        for (spac_context * context : contexts_) {
+            if (context->visit.group && context->visit.group->parts[0]->model == &model) {
+                end_visit(*context);
+            }
+        }
+        for (auto & tensor : model.tensors) {
+            for (int e = 0; e < tensor->n_experts; ++e) {
+                if (tensor->slices[e].state == State::queued) {
+                    dequeue(*tensor, e);
+                }
+                arrived_.wait(lock, [&] { return tensor->slices[e].state != State::reading; });
+                evict(*tensor, e);
+            }
+        }
+        contexts_.erase(&model.default_context);
+        models_.erase(std::remove_if(models_.begin(), models_.end(), [&](const auto & m) { return m.get() == &model; }), models_.end());
+        if (models_.empty()) {
+            stopping_ = true;
+            retired.swap(threads_);
+        }
+    }
+    if (!retired.empty()) {
+        work_.notify_all();
+        for (auto & thread : retired) {
+            thread.join();
+        }
+        Lock lock(mutex_);
+        stopping_ = false;
+    }
+}
+
+void Pager::add_context(spac_context * context) {
+    Lock lock(mutex_);
+    contexts_.insert(context);
+}
+
+void Pager::remove_context(spac_context * context) {
+    Lock lock(mutex_);
+    end_visit(*context);
+    contexts_.erase(context);
+}
+
+int Pager::take_error(spac_context & context, spac_error & error) {
+    Lock lock(mutex_);
+    end_visit(context);
+    return context.take(error);
+}
+
+int Pager::set_budget(uint64_t bytes) {
+    Lock lock(mutex_);
+    for (auto & model : models_) {
+        if (bytes < model->floor_bytes()) {
+            return SPAC_E_BUDGET;
+        }
+    }
+    budget_ = bytes;
+    while (used_ > bytes) {
+        Victim victim = cheapest();
+        if (!victim.tensor) {
+            victim = spare_upcoming(nullptr);
+        }
+        if (!victim.tensor || !evict(*victim.tensor, victim.expert)) {
+            arrived_.wait(lock);  // all that is left is in flight or in use: it will be let go
+        }
+    }
+    notify_work();
+    return SPAC_OK;
+}
+
+int Pager::evict_all(Model & model) {
+    Lock lock(mutex_);
+    int n = 0;
+    for (auto & tensor : model.tensors) {
+        for (int e = 0; e < tensor->n_experts; ++e) {
+            if (tensor->slices[e].upcoming == 0 && evict(*tensor, e)) {
+                ++n;
+            }
+        }
+    }
+    return n;
+}
+
+void Pager::wake() {
+    Lock lock(mutex_);
+    arrived_.notify_all();
+}
+
+//
+// ops
+//
+
+Op * Pager::begin_op(PagedTensor & tensor, spac_context * context, const int64_t * row_counts, int32_t * order, int n_threads,
+                     const Routing & routing) {
+    Lock lock(mutex_);
+    Group & group = *tensor.group;
+    if (!context || contexts_.count(context) == 0) {
+        context = &tensor.model->default_context;
+    }
+
+    if (free_ops_.empty()) {
+        all_ops_.push_back(std::make_unique<Op>());
+        free_ops_.push_back(all_ops_.back().get());
+    }
+    Op & op = *free_ops_.back();
+    op.tensor    = &tensor;
+    op.context   = context;
+    op.n_threads = n_threads;
+    op.owner     = std::this_thread::get_id();
+    op.head      = 0;
+    op.n_done    = 0;
+    op.needed.clear();
+    for (int e = 0; e < tensor.n_experts; ++e) {
+        if (row_counts[e] > 0) {
+            op.needed.push_back(e);
+        }
+    }
+    if (op.needed.empty()) {
+        return nullptr;
+    }
+
+    const uint32_t bit = 1u << tensor.part;
+    if (context->visit.group != &group || (context->visit.seen_parts & bit)) {
+        end_visit(*context);
+        begin_visit(tensor, *context, op.needed, routing);
+    }
+    context->visit.seen_parts |= bit;
+
+    // what is here first, then what is on its way: compute hides the reads of the rest
+    std::stable_sort(op.needed.begin(), op.needed.end(), [&](int32_t a, int32_t b) {
+        const auto rank = [&](int32_t e) {
+            const State s = tensor.slices[e].state;
+            return s == State::resident ? 0 : s == State::reading ? 1 : 2;
+        };
+        return rank(a) < rank(b);
+    });
+    op.position.assign(tensor.n_experts, -1);
+    while (op.left.size() < op.needed.size()) {
+        op.left.push_back(std::make_unique<std::atomic<int>>(0));
+    }
+    size_t n_ordered = 0;
+    for (size_t i = 0; i < op.needed.size(); ++i) {
+        const int32_t e = op.needed[i];
+        op.position[e]  = (int32_t) i;
+        *op.left[i]     = 0;
+        order[n_ordered++] = e;
+    }
+    for (int e = 0; e < tensor.n_experts; ++e) {
+        if (op.position[e] < 0) {
+            order[n_ordered++] = e;
+        }
+    }
+    free_ops_.pop_back();
+    ops_.push_back(&op);
+
+    if (!context->stopped) {
+        for (size_t i = 0; i < op.needed.size(); ++i) {
+            enqueue(tensor, op.needed[i], 0, (double) i, &op);
+        }
+        for (PagedTensor * part : group.parts) {  // the layer's other tensors will be asked for the same experts
+            if (!(context->visit.seen_parts & (1u << part->part))) {
+                for (size_t i = 0; i < op.needed.size(); ++i) {
+                    enqueue(*part, op.needed[i], 1 + part->rank, (double) i, nullptr);
+                }
+            }
+        }
+        notify_work();
+    }
+    return &op;
+}
+
+bool Pager::begin_expert(Op & op, int expert) {
+    Slice & slice = op.tensor->slices[expert];
+    slice.users.fetch_add(1, std::memory_order_seq_cst);
+    if (slice.state.load(std::memory_order_seq_cst) == State::resident && !op.context->stopped.load(std::memory_order_acquire)) {
+        return true;
+    }
+    slice.users.fetch_sub(1, std::memory_order_seq_cst);
+
+    const bool counted = op.owner == std::this_thread::get_id();
+    const auto begin   = std::chrono::steady_clock::now();
+    Lock lock(mutex_);
+    bool here = false;
+    while (!op.context->stopped) {
+        const State state = slice.state;
+        if (state == State::resident) {
+            slice.users.fetch_add(1, std::memory_order_seq_cst);
+            here = true;
+            break;
+        }
+        if (state == State::failed) {
+            op.context->stop(SPAC_E_IO, slice.os_error, op.tensor->file->path, op.tensor->slice_offset(expert), op.tensor->slice_bytes);
+            arrived_.notify_all();
+            break;
+        }
+        if (state == State::absent) {  // another op's head took its place
+            enqueue(*op.tensor, expert, 0, (double) op.position[expert], &op);
+            notify_work();
+        }
+        arrived_.wait(lock);
+    }
+    if (counted) {
+        const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
+        op.tensor->model->stall_ns.fetch_add((uint64_t) ns, std::memory_order_relaxed);
+    }
+    if (!here && op.left[op.position[expert]]->fetch_add(1) + 1 == op.n_threads) {
+        leave(op, expert, lock);
+    }
+    return here;
+}
+
+void Pager::end_expert(Op & op, int expert) {
+    const int n_threads = op.n_threads;
+    op.tensor->slices[expert].users.fetch_sub(1, std::memory_order_seq_cst);
+    if (op.left[op.position[expert]]->fetch_add(1) + 1 == n_threads) {
+        Lock lock(mutex_);
+        leave(op, expert, lock);
+    }
+}
+
+// All threads are done with the expert.
+void Pager::leave(Op & op, int expert, Lock &) {
+    close_upcoming(*op.context, *op.tensor, expert);
+    while (op.head < op.needed.size() && *op.left[op.head] == op.n_threads) {
+        ++op.head;
+    }
+    if (++op.n_done == op.needed.size()) {
+        finish_op(op);
+    }
+    notify_work();  // there may be room now
+    if (used_ > budget_) {
+        arrived_.notify_all();  // set_budget() waits for it
+    }
+}
+
+void Pager::finish_op(Op & op) {
+    for (int32_t e : op.needed) {  // left over only if experts were skipped
+        Slice & slice = op.tensor->slices[e];
+        if (slice.state == State::queued && slice.op == &op) {
+            dequeue(*op.tensor, e);
+            arrived_.notify_all();
+        }
+    }
+    ops_.erase(std::find(ops_.begin(), ops_.end(), &op));
+    free_ops_.push_back(&op);
+}
+
+//
+// layers and ubatches
+//
+
+void Pager::begin_visit(PagedTensor & tensor, spac_context & context, const std::vector<int32_t> & needed, const Routing & routing) {
+    Group & group = *tensor.group;
+    if (group.index <= context.last_group) {
+        begin_ubatch(*tensor.model, context, routing);
+    }
+    context.last_group = group.index;
+
+    Visit & visit    = context.visit;
+    visit.group      = &group;
+    visit.seen_parts = 0;
+    visit.experts    = needed;
+    visit.open.assign(group.parts.size() * (size_t) group.n_experts, 0);
+    count_uses(group, needed, routing);
+    score_uses(group, context.clock, needed, routing);
+    for (PagedTensor * part : group.parts) {
+        for (int32_t e : needed) {
+            visit.open[(size_t) part->part * group.n_experts + e] = 1;
+            ++part->slices[e].upcoming;
+            if (part->slices[e].state == State::failed) {
+                part->slices[e].state = State::absent;  // try again
+            }
+        }
+    }
+}
+
+void Pager::begin_ubatch(Model & model, spac_context & context, const Routing & routing) {
+    if (model.unusable != SPAC_OK) {
+        context.stop(model.unusable, 0, "", 0, 0);
+    }
+    for (auto & file : model.files) {
+        if (file->changed()) {
+            context.stop(SPAC_E_CHANGED, 0, file->path, 0, 0);
+        }
+    }
+    model.tokens.fetch_add((uint64_t) routing.n_tokens, std::memory_order_relaxed);
+    model.ubatches.fetch_add(1, std::memory_order_relaxed);
+    context.clock = clock_;
+    clock_ += (double) std::min<int64_t>(routing.n_tokens, Policy::ubatch_tokens);
+}
+
+void Pager::score_uses(Group & group, double clock, const std::vector<int32_t> & needed, const Routing & routing) {
+    const int64_t first = std::max<int64_t>(0, routing.n_tokens - Policy::ubatch_tokens);
+    for (int32_t e : needed) {  // an expert of early tokens only, or of no token of the table
+        group.bundles[e].score = std::max(group.bundles[e].score, Policy::worth(clock - Policy::half_life_tokens));
+    }
+    for (int64_t token = first; token < routing.n_tokens; ++token) {
+        for (int i = 0; i < routing.n_used; ++i) {
+            const int32_t e = routing.at(token, i);
+            if (e >= 0 && e < group.n_experts) {
+                group.bundles[e].score = Policy::use(group.bundles[e].score, clock + (double) (token - first));
+            }
+        }
+    }
+}
+
+void Pager::count_uses(Group & group, const std::vector<int32_t> & needed, const Routing & routing) {
+    Model & model = *group.parts[0]->model;
+    std::vector<uint8_t> hit(group.n_experts, 0);
+    uint64_t n_hits = 0;
+    for (int32_t e : needed) {
+        hit[e] = std::all_of(group.parts.begin(), group.parts.end(),
+                             [&](const PagedTensor * part) { return part->slices[e].state == State::resident; });
+        n_hits += hit[e];
+    }
+    const uint64_t n_misses = needed.size() - n_hits;
+    model.hits.fetch_add(n_hits, std::memory_order_relaxed);
+    model.misses.fetch_add(n_misses, std::memory_order_relaxed);
+    group.hits.fetch_add(n_hits, std::memory_order_relaxed);
+    group.misses.fetch_add(n_misses, std::memory_order_relaxed);
+
+    const uint64_t first_token = model.tokens.load(std::memory_order_relaxed) - (uint64_t) routing.n_tokens;
+    for (int64_t token = 0; token < routing.n_tokens; ++token) {
+        spac_event event{};
+        event.token     = first_token + (uint64_t) token;
+        event.stall_ns  = model.stall_ns.load(std::memory_order_relaxed);
+        event.layer     = (uint16_t) group.layer;
+        event.n_experts = (uint16_t) routing.n_used;
+        for (int i = 0; i < routing.n_used && i < SPAC_EVENT_MAX_EXPERTS; ++i) {
+            const int32_t e  = routing.at(token, i);
+            event.experts[i] = (uint16_t) e;
+            event.hit_mask |= e >= 0 && e < group.n_experts && hit[e] ? 1u << i : 0u;
+        }
+        model.events.write(event);
+    }
+}
+
+void Pager::end_visit(spac_context & context) {
+    Visit & visit = context.visit;
+    if (!visit.group) {
+        return;
+    }
+    for (PagedTensor * part : visit.group->parts) {
+        for (int32_t e : visit.experts) {
+            close_upcoming(context, *part, e);
+            Slice & slice = part->slices[e];
+            if (slice.state == State::queued && !slice.op && slice.upcoming == 0) {
+                dequeue(*part, e);
+            }
+        }
+    }
+    visit.group = nullptr;
+}
+
+void Pager::close_upcoming(spac_context & context, PagedTensor & tensor, int expert) {
+    Visit & visit = context.visit;
+    if (visit.group == tensor.group) {
+        uint8_t & open = visit.open[(size_t) tensor.part * tensor.group->n_experts + expert];
+        tensor.slices[expert].upcoming -= open;
+        open = 0;
+    }
+}
+
+}  // namespace spac

@@ -1,0 +1,364 @@
+#include "store.h"
+
+#include "include/spac.h"
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_READ
+#    define MADV_POPULATE_READ 22  // Linux 5.14
+#endif
+
+namespace spac {
+
+size_t page_size() {
+    static const size_t size = (size_t) sysconf(_SC_PAGESIZE);
+    return size;
+}
+
+static uintptr_t align_down(uintptr_t value, size_t align) {
+    return value - value % align;
+}
+
+static uintptr_t align_up(uintptr_t value, size_t align) {
+    return align_down(value + align - 1, align);
+}
+
+//
+// ModelFile
+//
+
+static int64_t mtime_ns(const struct stat & st) {
+    return (int64_t) st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec;
+}
+
+ModelFile::~ModelFile() {
+    if (fd >= 0) {
+        close(fd);
+    }
+}
+
+int ModelFile::remember() {
+    struct stat st;
+    if (fstat(fd, &st) != 0) {
+        return errno;
+    }
+    size     = (uint64_t) st.st_size;
+    inode    = st.st_ino;
+    device   = st.st_dev;
+    mtime_ns = spac::mtime_ns(st);
+    return 0;
+}
+
+bool ModelFile::changed() const {
+    struct stat st;
+    return stat(path.c_str(), &st) != 0 || (uint64_t) st.st_size != size || st.st_ino != inode || st.st_dev != device ||
+           spac::mtime_ns(st) != mtime_ns;
+}
+
+static int open_with(ModelFile & file, int flags) {
+    file.fd = open(file.path.c_str(), O_RDONLY | O_CLOEXEC | flags);
+    return file.fd < 0 ? errno : file.remember();
+}
+
+//
+// shared by the stores that read into anonymous memory
+//
+
+static int map_anonymous(void * address, size_t length) {
+    // one page at a time: a huge page would be more than was accounted for
+    void * got = mmap(address, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    if (got == MAP_FAILED) {
+        return errno;
+    }
+    madvise(address, length, MADV_NOHUGEPAGE);
+    madvise(address, length, MADV_DONTFORK);
+    return 0;
+}
+
+//
+// direct: O_DIRECT into place, block boundaries that a neighbour shares through a bounce block
+//
+
+namespace {
+
+// Two bounce blocks for each reading thread.
+struct Bounce {
+    char * head;
+    char * tail;
+    size_t size;
+
+    Bounce() : size(2 * page_size() + 65536) {
+        head = (char *) std::aligned_alloc(65536, align_up(size, 65536));
+        tail = (char *) std::aligned_alloc(65536, align_up(size, 65536));
+    }
+    ~Bounce() {
+        std::free(head);
+        std::free(tail);
+    }
+};
+
+class DirectStore : public Store {
+  public:
+    int id() const override { return SPAC_STORE_DIRECT; }
+
+    int open(ModelFile & file) const override {
+        const int error = open_with(file, O_DIRECT);
+        if (error != 0) {
+            return error;
+        }
+        file.align = direct_alignment(file.fd);
+        // some file systems accept the flag and refuse the read
+        void * block = std::aligned_alloc(65536, 65536);
+        const ssize_t n = pread(file.fd, block, file.align, 0);
+        const int read_error = n < 0 ? errno : 0;
+        std::free(block);
+        return read_error;
+    }
+
+    int map(const ModelFile &, void * address, size_t length, uint64_t) const override { return map_anonymous(address, length); }
+
+    ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
+        static thread_local Bounce bounce;
+        const uintptr_t begin = (uintptr_t) address, end = begin + length;
+        // whole pages of its own are read in place; a page shared with a neighbour that may be in use is not a target for DMA
+        const uintptr_t body_begin = align_up(begin, page_size()), body_end = align_down(end, page_size());
+        const uint64_t read_begin = align_down(offset, file.align), read_end = align_up(offset + length, file.align);
+
+        ReadResult result;
+        result.bytes = read_end - read_begin;
+        if (body_begin >= body_end) {
+            struct iovec all = { bounce.head, (size_t) (read_end - read_begin) };
+            result.os_error = read_fully(file.fd, &all, 1, read_begin, offset + length);
+            if (result.os_error == 0) {
+                std::memcpy(address, bounce.head + (offset - read_begin), length);
+            }
+            return result;
+        }
+        const uint64_t body_offset = offset + (body_begin - begin), body_end_offset = offset + (body_end - begin);
+        struct iovec parts[3] = {
+            { bounce.head, (size_t) (body_offset - read_begin) },
+            { (void *) body_begin, (size_t) (body_end - body_begin) },
+            { bounce.tail, (size_t) (read_end - body_end_offset) },
+        };
+        result.os_error = read_fully(file.fd, parts, 3, read_begin, offset + length);
+        if (result.os_error == 0) {
+            std::memcpy(address, bounce.head + (offset - read_begin), body_begin - begin);
+            std::memcpy((void *) body_end, bounce.tail, end - body_end);
+        }
+        return result;
+    }
+
+    void drop(const ModelFile &, void * address, size_t length, uint64_t) const override { madvise(address, length, MADV_DONTNEED); }
+
+  private:
+    static size_t direct_alignment(int fd) {
+#ifdef STATX_DIOALIGN
+        struct statx stx;
+        if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) == 0 && (stx.stx_mask & STATX_DIOALIGN) && stx.stx_dio_offset_align > 0) {
+            const size_t align = stx.stx_dio_offset_align > stx.stx_dio_mem_align ? stx.stx_dio_offset_align : stx.stx_dio_mem_align;
+            return align < page_size() ? align : page_size();
+        }
+#else
+        (void) fd;
+#endif
+        return 4096 < page_size() ? 4096 : page_size();
+    }
+
+    // Fills the parts from `offset` on. The last block may lie past the end of the file: enough is all up to `needed_end`.
+    static int read_fully(int fd, struct iovec * parts, int n_parts, uint64_t offset, uint64_t needed_end) {
+        while (offset < needed_end) {
+            while (n_parts > 0 && parts->iov_len == 0) {
+                ++parts;
+                --n_parts;
+            }
+            const ssize_t n = preadv(fd, parts, n_parts, (off_t) offset);
+            if (n < 0 && (errno == EINTR || errno == EAGAIN)) {
+                continue;
+            }
+            if (n <= 0) {
+                return n < 0 ? errno : ENODATA;
+            }
+            offset += (uint64_t) n;
+            for (size_t left = (size_t) n; left > 0 && n_parts > 0;) {
+                const size_t step = left < parts->iov_len ? left : parts->iov_len;
+                parts->iov_base = (char *) parts->iov_base + step;
+                parts->iov_len -= step;
+                left -= step;
+                if (parts->iov_len == 0) {
+                    ++parts;
+                    --n_parts;
+                }
+            }
+        }
+        return 0;
+    }
+};
+
+//
+// buffered: pread through the page cache, dropped behind
+//
+
+class BufferedStore : public Store {
+  public:
+    int id() const override { return SPAC_STORE_BUFFERED; }
+
+    int open(ModelFile & file) const override {
+        const int error = open_with(file, 0);
+        if (error == 0) {
+            posix_fadvise(file.fd, 0, 0, POSIX_FADV_RANDOM);  // no readahead beyond what is asked for
+        }
+        return error;
+    }
+
+    int map(const ModelFile &, void * address, size_t length, uint64_t) const override { return map_anonymous(address, length); }
+
+    ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
+        const size_t chunk_bytes = 1 << 20;  // what may be in the page cache at a time, for each reading thread
+        ReadResult result;
+        char * out = (char *) address;
+        while (length > 0) {
+            const size_t chunk = length < chunk_bytes ? length : chunk_bytes;
+            const ssize_t n = pread(file.fd, out, chunk, (off_t) offset);
+            if (n < 0 && errno == EINTR) {
+                continue;
+            }
+            if (n <= 0) {
+                result.os_error = n < 0 ? errno : ENODATA;
+                return result;
+            }
+            const uint64_t first = align_down(offset, page_size()), last = align_up(offset + (uint64_t) n, page_size());
+            posix_fadvise(file.fd, (off_t) first, (off_t) (last - first), POSIX_FADV_DONTNEED);
+            result.bytes += (uint64_t) n;
+            out += n;
+            offset += (uint64_t) n;
+            length -= (size_t) n;
+        }
+        return result;
+    }
+
+    void drop(const ModelFile &, void * address, size_t length, uint64_t) const override { madvise(address, length, MADV_DONTNEED); }
+};
+
+//
+// mmap: a shared mapping of the file; the kernel may reclaim and refault behind our back
+//
+
+class MmapStore : public Store {
+  public:
+    int id() const override { return SPAC_STORE_MMAP; }
+
+    int open(ModelFile & file) const override { return open_with(file, 0); }
+
+    int map(const ModelFile & file, void * address, size_t length, uint64_t offset) const override {
+        void * got = mmap(address, length, PROT_READ, MAP_SHARED | MAP_FIXED, file.fd, (off_t) offset);
+        if (got == MAP_FAILED) {
+            return errno;
+        }
+        madvise(address, length, MADV_DONTFORK);
+        return 0;
+    }
+
+    ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
+        ReadResult result;
+        result.bytes = length;
+        struct stat st;
+        if (fstat(file.fd, &st) != 0 || offset + length > (uint64_t) st.st_size) {
+            result.os_error = ENODATA;  // touching a page past the end would be a SIGBUS
+            return result;
+        }
+        posix_fadvise(file.fd, (off_t) offset, (off_t) length, POSIX_FADV_WILLNEED);
+        const uintptr_t first = align_down((uintptr_t) address, page_size()), last = align_up((uintptr_t) address + length, page_size());
+        if (madvise((void *) first, last - first, MADV_POPULATE_READ) != 0) {
+            if (errno != EINVAL) {
+                result.os_error = errno == EFAULT ? EIO : errno;
+                return result;
+            }
+            for (uintptr_t page = first; page < last; page += page_size()) {  // before Linux 5.14
+                (void) *(volatile const char *) page;
+            }
+        }
+        return result;
+    }
+
+    void drop(const ModelFile & file, void * address, size_t length, uint64_t offset) const override {
+        madvise(address, length, MADV_DONTNEED);
+        posix_fadvise(file.fd, (off_t) offset, (off_t) length, POSIX_FADV_DONTNEED);
+    }
+};
+
+}  // namespace
+
+//
+// mock
+//
+
+class MockStore : public BufferedStore {
+  public:
+    int id() const override { return SPAC_STORE_MOCK; }
+
+    ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
+        const int n = n_reads_++;
+        if (n >= first_bad_ && n - first_bad_ < n_bad_) {
+            ReadResult result;
+            result.os_error = os_error_;
+            return result;
+        }
+        return BufferedStore::read(file, address, length, offset);
+    }
+
+    void fail_reads(int after, int count, int os_error) {
+        n_bad_ = 0;  // no failure while the rest is being set
+        os_error_  = os_error;
+        first_bad_ = n_reads_ + after;
+        n_bad_     = count;
+    }
+
+  private:
+    std::atomic<int> n_reads_{ 0 }, first_bad_{ 0 }, n_bad_{ 0 }, os_error_{ 0 };
+};
+
+void mock_fail_reads(Store & store, int after, int count, int os_error) {
+    if (auto * mock = dynamic_cast<MockStore *>(&store)) {
+        mock->fail_reads(after, count, os_error);
+    }
+}
+
+std::unique_ptr<Store> make_store(int id) {
+    switch (id) {
+        case SPAC_STORE_DIRECT:
+            return std::make_unique<DirectStore>();
+        case SPAC_STORE_BUFFERED:
+            return std::make_unique<BufferedStore>();
+        case SPAC_STORE_MMAP:
+            return std::make_unique<MmapStore>();
+        case SPAC_STORE_MOCK:
+            return std::make_unique<MockStore>();
+        default:
+            return nullptr;
+    }
+}
+
+std::unique_ptr<Store> open_store(int wish, const std::string & path, int & os_error) {
+    auto store = make_store(wish == SPAC_STORE_AUTO ? SPAC_STORE_DIRECT : wish);
+    if (!store) {
+        os_error = EINVAL;
+        return nullptr;
+    }
+    ModelFile probe;
+    probe.path = path;
+    os_error = store->open(probe);
+    if (os_error == EINVAL && wish == SPAC_STORE_AUTO) {
+        return open_store(SPAC_STORE_BUFFERED, path, os_error);
+    }
+    return os_error == 0 ? std::move(store) : nullptr;
+}
+
+}  // namespace spac

@@ -1,0 +1,66 @@
+// Stores: how a slice's bytes come from the file into its window, and how its pages are given back.
+// A store knows nothing of experts, budgets or threads; every call is safe from any thread.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace spac {
+
+size_t page_size();
+
+// A model file that stays open while the model lives.
+struct ModelFile {
+    std::string path;
+    int         fd    = -1;
+    uint64_t    size  = 0;
+    uint64_t    inode = 0;
+    uint64_t    device = 0;
+    int64_t     mtime_ns = 0;
+    size_t      align = 4096;  // of offsets and lengths in a direct read
+
+    ModelFile() = default;
+    ModelFile(const ModelFile &) = delete;
+    ModelFile & operator=(const ModelFile &) = delete;
+    ~ModelFile();
+
+    // Fills size, inode, device and mtime from the open file; 0 or errno.
+    int remember();
+    // Has the path come to mean another file, or has the file been written to?
+    bool changed() const;
+};
+
+struct ReadResult {
+    int      os_error = 0;  // 0: all bytes are there
+    uint64_t bytes    = 0;  // asked of the file, alignment included
+};
+
+class Store {
+  public:
+    virtual ~Store() = default;
+
+    virtual int id() const = 0;  // SPAC_STORE_*
+    // Opens file.path and fills the rest; 0 or errno (EINVAL: this file system refuses what the store needs).
+    virtual int open(ModelFile & file) const = 0;
+    // Makes a reserved range usable: whole pages, address and offset congruent to the page size. 0 or errno.
+    virtual int map(const ModelFile & file, void * address, size_t length, uint64_t offset) const = 0;
+    // Blocks until the bytes of [offset, offset + length) are at address. Writes no byte of the window outside them.
+    virtual ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) = 0;
+    // Gives whole pages back.
+    virtual void drop(const ModelFile & file, void * address, size_t length, uint64_t offset) const = 0;
+};
+
+// SPAC_STORE_AUTO is not a store: see open_store().
+std::unique_ptr<Store> make_store(int id);
+
+// Finds the store for a wish (SPAC_STORE_*) by opening the file with it; auto prefers direct. null and errno on failure.
+std::unique_ptr<Store> open_store(int wish, const std::string & path, int & os_error);
+
+// Buffered, with failures to order.
+class MockStore;
+void mock_fail_reads(Store & store, int after, int count, int os_error);  // ignored by the other stores
+
+}  // namespace spac

@@ -1,0 +1,42 @@
+#include "window.h"
+
+namespace spac {
+
+// Is another present slice on this page? Slices may be smaller than a page, so there can be many.
+bool PagedTensor::neighbour_on_page(int expert, uintptr_t page) const {
+    const uintptr_t base = (uintptr_t) data, page_end = page + page_size();
+    const int first = page <= base ? 0 : (int) ((page - base) / slice_bytes);
+    for (int e = first; e < n_experts && base + (uintptr_t) e * slice_bytes < page_end; ++e) {
+        if (e != expert && present(e)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void PagedTensor::own_pages(int expert, uint8_t *& address, size_t & length) const {
+    const uintptr_t page = page_size(), begin = (uintptr_t) slice_data(expert), end = begin + slice_bytes;
+    uintptr_t first = begin / page * page, last = (end + page - 1) / page * page;  // [first, last)
+    if (neighbour_on_page(expert, first)) {
+        first += page;
+    }
+    if (first < last && neighbour_on_page(expert, last - page)) {
+        last -= page;
+    }
+    address = (uint8_t *) first;
+    length  = first < last ? last - first : 0;
+}
+
+size_t PagedTensor::own_page_bytes(int expert) const {
+    uint8_t * address;
+    size_t    length;
+    own_pages(expert, address, length);
+    return length;
+}
+
+size_t PagedTensor::page_bytes(int expert) const {
+    const uintptr_t page = page_size(), begin = (uintptr_t) slice_data(expert), end = begin + slice_bytes;
+    return ((end + page - 1) / page - begin / page) * page;
+}
+
+}  // namespace spac

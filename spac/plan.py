@@ -1,0 +1,127 @@
+"""The memory plan: what a model needs, whether it fits whole, and what is left for experts when it does not.
+
+Pure arithmetic on sizes that others measured; every number is in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from spac.errors import BudgetError
+from spac.memory import MIB, format_bytes
+
+Paging = Literal["auto", "on", "off"]
+
+# What llama.cpp's vocabulary takes on the heap, by the bytes of the GGUF header that it is read from (BPE merges are kept in
+# a tree of string pairs). Only for the first estimate: the budget itself is set from what the loaded model really takes.
+VOCABULARY_FACTOR: Final = 8
+
+# Calibrated in a memory cgroup, page cache and kernel memory counted (tests/test_budget.py): growth of the heap while decoding,
+# stacks, bounce blocks, slabs.
+RESERVE_BYTES: Final = 24 * MIB
+# page tables: 8 bytes for each page of 4 KiB, and windows are sparse
+PAGE_TABLE_DIVISOR: Final = 256
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What upstream says a model and its context take.
+
+    Attributes:
+        dense_bytes: weights that are not paged.
+        expert_bytes: weights that can be paged, in whole pages.
+        context_bytes: KV cache and recurrent state.
+        compute_bytes: compute and output buffers.
+        staging_bytes: for a moment while dense weights are read.
+        vocabulary_bytes: estimate of the vocabulary's heap.
+        file_bytes: the model's files.
+        floor_bytes: the smallest expert budget.
+    """
+
+    dense_bytes: int
+    expert_bytes: int
+    context_bytes: int
+    compute_bytes: int
+    staging_bytes: int
+    vocabulary_bytes: int
+    file_bytes: int
+    floor_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is loaded into a limit.
+
+    Attributes:
+        limit_bytes: for the whole process.
+        base_bytes: what the process took before the model.
+        reserve_bytes: kept free for growth and for kernel memory.
+        sizes: of the model.
+        paged: whether experts are paged.
+        direct_io: whether weights that are not paged are read without the page cache.
+        expert_budget_bytes: what is left for experts if paged, else 0. An estimate until the model is loaded.
+    """
+
+    limit_bytes: int
+    base_bytes: int
+    reserve_bytes: int
+    sizes: Sizes
+    paged: bool
+    direct_io: bool
+    expert_budget_bytes: int
+
+
+def reserve_bytes(limit_bytes: int) -> int:
+    """What to keep free of a limit for what cannot be counted beforehand."""
+    return RESERVE_BYTES + limit_bytes // PAGE_TABLE_DIVISOR
+
+
+def make_plan(limit_bytes: int, base_bytes: int, sizes: Sizes, *, paging: Paging, n_ctx: int, automatic: bool = False) -> Plan:
+    """Decide between whole and paged, and what experts get.
+
+    Args:
+        limit_bytes: for the whole process.
+        base_bytes: resident now.
+        sizes: of the model and context to come.
+        paging: "auto" pages if the model does not fit, "on" always (if it has experts), "off" never, whatever the limit.
+        n_ctx: tokens, for messages.
+        automatic: the limit was found and not given, for messages.
+
+    Raises:
+        BudgetError: the model does not fit, with what it needs at least.
+    """
+    reserve = reserve_bytes(limit_bytes)
+    fixed = base_bytes + sizes.vocabulary_bytes + sizes.dense_bytes + sizes.context_bytes + sizes.compute_bytes + reserve
+    loading = base_bytes + sizes.vocabulary_bytes + sizes.dense_bytes + sizes.staging_bytes + reserve
+    whole = max(fixed, loading) + sizes.expert_bytes
+
+    def plan(*, paged: bool, direct_io: bool, budget: int = 0) -> Plan:
+        return Plan(limit_bytes, base_bytes, reserve, sizes, paged, direct_io, budget)
+
+    if paging == "off":
+        return plan(paged=False, direct_io=False)
+    if whole <= limit_bytes and (paging == "auto" or sizes.expert_bytes == 0):
+        # mapped weights that are repacked are in memory twice
+        return plan(paged=False, direct_io=whole + sizes.file_bytes > limit_bytes)
+    budget = min(limit_bytes - fixed, sizes.expert_bytes)
+    if sizes.expert_bytes == 0 or budget < sizes.floor_bytes or loading > limit_bytes:
+        raise BudgetError(_needs(limit_bytes, fixed, loading, sizes, n_ctx, automatic))
+    return plan(paged=True, direct_io=True, budget=budget)
+
+
+def _needs(limit_bytes: int, fixed: int, loading: int, sizes: Sizes, n_ctx: int, automatic: bool) -> str:
+    least = max(fixed + sizes.floor_bytes, loading)
+    process = fixed - sizes.dense_bytes - sizes.context_bytes - sizes.compute_bytes
+    parts = [
+        f"dense weights {format_bytes(sizes.dense_bytes)}",
+        f"context of {n_ctx} tokens {format_bytes(sizes.context_bytes)}",
+        f"compute {format_bytes(sizes.compute_bytes)}",
+        f"process {format_bytes(process)}",
+    ]
+    if sizes.floor_bytes:
+        parts.append(f"expert floor {format_bytes(sizes.floor_bytes)}")
+    if loading > fixed + sizes.floor_bytes:
+        parts.append(f"while loading {format_bytes(sizes.staging_bytes)} more")
+    limit = format_bytes(limit_bytes) + (" available" if automatic else " given")
+    return f"needs at least {format_bytes(least)} of memory, {limit}: {', '.join(parts)}; lower --ctx or --ubatch, or raise --memory"

@@ -1,0 +1,91 @@
+"""What a paged model reports: plain, frozen values. Knows nothing of ctypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Sizes of a paged model. Bytes, unless the name says otherwise.
+
+    Attributes:
+        expert_bytes: all expert tensors, as in the file.
+        expert_page_bytes: the same in whole pages: a budget of this much holds everything.
+        max_bundle_bytes: the largest bundle (one expert's tensors in one layer), in whole pages.
+        floor_bytes: the smallest expert budget that this model runs in.
+        n_layers: layers that have experts.
+        n_experts: experts in such a layer.
+        n_tensors: paged tensors.
+        store: how experts are read: "direct", "buffered", "mmap" or "mock".
+    """
+
+    expert_bytes: int
+    expert_page_bytes: int
+    max_bundle_bytes: int
+    floor_bytes: int
+    n_layers: int
+    n_experts: int
+    n_tensors: int
+    store: str
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """Counters from the model's load on. A use is one expert in one layer in one ubatch.
+
+    `budget_bytes`, `used_bytes` and `peak_bytes` are the process's, shared by all models; the rest is this model's.
+    """
+
+    budget_bytes: int
+    used_bytes: int
+    peak_bytes: int
+    model_used_bytes: int
+    hits: int
+    misses: int
+    reads: int
+    bytes_read: int
+    evictions: int
+    rereads: int
+    read_errors: int
+    stall_s: float
+    read_s: float
+    tokens: int
+    ubatches: int
+    events: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits by uses, 0.0 to 1.0; 0.0 before the first use."""
+        uses = self.hits + self.misses
+        return self.hits / uses if uses else 0.0
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Hits and misses of one paged layer (`layer`: block number in the model)."""
+
+    layer: int
+    hits: int
+    misses: int
+
+
+@dataclass(frozen=True)
+class RoutingEvent:
+    """One token's routing in one layer.
+
+    Attributes:
+        sequence: running number of the event within the model.
+        token: running number of the token within the model.
+        layer: block number.
+        experts: the experts chosen, at most 32 of them.
+        hits: for each of `experts`: whether it was wholly in memory when the layer began.
+        stall_s: the model's stall time when the layer began; subtract neighbours.
+    """
+
+    sequence: int
+    token: int
+    layer: int
+    experts: tuple[int, ...]
+    hits: tuple[bool, ...]
+    stall_s: float
