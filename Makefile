@@ -59,8 +59,10 @@ stock: vendor ## build/stock/lib: upstream without patches, same flags: what ben
 	@cmake --install build/stock/native --component spac --prefix build/stock >/dev/null
 
 lint: .venv/.spac-installed ## ruff and mypy
-	$(PY) -m ruff check .
-	$(PY) -m mypy
+	@status=0; \
+	$(PY) -m ruff check . || status=1; \
+	$(PY) -m mypy || status=1; \
+	exit $$status
 
 clean: ## remove what was built; .venv and vendor/ stay
 	rm -rf build dist spac/lib .mypy_cache .pytest_cache .ruff_cache

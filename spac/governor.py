@@ -6,9 +6,8 @@ every decode; in between, the reserve of `spac.plan` covers what grows.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from spac import memory
@@ -51,31 +50,24 @@ class Governor:
         untouched = sum(member.untouched_bytes for member in self._members.values())
         return max(0, self._resident() - self._used_bytes()) + untouched
 
-    @contextlib.contextmanager
-    def loading(self, limit_bytes: int, floor_bytes: int, need_bytes: int) -> Iterator[int]:
-        """Make room for a paged model that is about to load: experts of others shrink for the time.
+    def admit(self, limit_bytes: int, floor_bytes: int, need_bytes: int) -> int:
+        """Make room for a model that is about to load: experts of others shrink for the time.
 
         Args:
             limit_bytes: for the whole process.
-            floor_bytes: the smallest budget of the new model.
-            need_bytes: what it takes besides experts.
+            floor_bytes: the smallest budget of the new model; 0 if it is not paged.
+            need_bytes: what it takes besides paged experts.
 
-        Yields:
-            A number for `settle` and `release`; it is released if the load fails.
+        Returns:
+            A number for `settle` and `release`.
         """
         with self._lock:
             member = self._next
             self._next += 1
-            others = [m.floor_bytes for m in self._members.values()]
             self._members[member] = _Member(limit_bytes, floor_bytes)
-            least = max([floor_bytes, *others])
-            budget = self.limit_bytes - self.rest_bytes() - need_bytes - reserve_bytes(self.limit_bytes)
-            self._apply(max(least, min(budget, self.budget_bytes or least)))
-        try:
-            yield member
-        except BaseException:
-            self.release(member)
-            raise
+            budget = self._left() - need_bytes
+            self._apply(max(self._floor(), min(budget, self.budget_bytes)))
+            return member
 
     def settle(self, member: int, floor_bytes: int, untouched_bytes: int) -> int:
         """Give experts all that is left, now that the model is loaded; returns the budget in bytes.

@@ -111,7 +111,7 @@ def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/
         lines = proc.read_text().splitlines()
     except OSError:
         return []
-    found = []
+    found: list[CgroupMemory] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # v2

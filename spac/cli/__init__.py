@@ -1,0 +1,78 @@
+"""The command line: `spac run`, `spac chat`, `spac inspect`.
+
+Exit codes: 0, 1 (one line on stderr says why), 2 (usage), 130 (interrupted). stdout carries the answer only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import typer
+
+from spac.cli import chat, inspect, run
+from spac.errors import SpacError
+
+app = typer.Typer(
+    name="spac",
+    help="Run mixture-of-experts language models that are larger than memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("chat")(chat.chat)
+app.command("inspect")(inspect.inspect)
+
+# typer's copy of click or click itself, whichever this typer has
+_ClickException: Any = typer.BadParameter.__mro__[2]
+
+
+@app.callback()
+def _options(version: bool = typer.Option(False, "--version", help="Show the version and leave.")) -> None:
+    if version:
+        import spac
+
+        print(spac.__version__)
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit the process."""
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    try:
+        code = app(args=arguments, prog_name="spac", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except _ClickException as e:
+        if not e.format_message():  # no arguments: help was shown
+            return 2
+        command = getattr(getattr(e, "ctx", None), "command_path", "spac")
+        print(f"spac: {e.format_message().strip()} (see `{command} --help`)", file=sys.stderr)
+        return 2
+    except SpacError as e:
+        if debug:
+            raise
+        print(f"spac: {' '.join(str(e).split())}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # the reader left; keep Python from complaining when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        print("spac: out of memory; lower --ctx or --memory", file=sys.stderr)
+        return 1
+    except OSError as e:
+        if debug:
+            raise
+        print(f"spac: {e}", file=sys.stderr)
+        return 1

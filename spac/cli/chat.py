@@ -1,0 +1,226 @@
+"""`spac chat`: turns with a model, streamed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spac.cli import options as opt
+from spac.cli import terminal
+from spac.cli.terminal import note
+from spac.errors import Cancelled, ModelChangedError, OptionError, SpacError
+
+if TYPE_CHECKING:
+    from spac.cli.conversation import Conversation
+    from spac.generate import Generation, Sampling
+    from spac.llama import Llama
+
+HELP = """\
+/bye            leave (also Ctrl-D)
+/clear          forget the conversation
+/stats          timings, and what paging did
+/set NAME VALUE change temp, top-k, top-p, min-p, seed, max-tokens or system; /set alone shows them
+/help           this list
+\"\"\"             begins and ends a message of several lines
+Ctrl-C          stops the answer"""
+
+
+def chat(
+    model: opt.Model,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt.", show_default=False)] = None,
+    max_tokens: opt.MaxTokens = None,
+    memory: opt.Memory = "auto",
+    ctx: opt.Ctx = 4096,
+    ubatch: opt.Ubatch = 512,
+    threads: opt.Threads = 0,
+    temp: opt.Temp = 0.8,
+    top_k: opt.TopK = 40,
+    top_p: opt.TopP = 0.95,
+    min_p: opt.MinP = 0.05,
+    seed: opt.Seed = None,
+    store: opt.StoreOption = "auto",
+    paging: opt.PagingOption = opt.Paging.auto,
+    stats: opt.Stats = False,
+    debug: opt.Debug = False,
+) -> int:
+    """Chat with a model. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves."""
+    llama, load_s = opt.load(opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, debug))
+    from spac.cli.conversation import Conversation
+    from spac.generate import Sampling
+
+    with contextlib.closing(llama):
+        sampling = Sampling(temp, top_k, top_p, min_p, seed)
+        session = Session(llama, Conversation(llama, system), sampling, max_tokens, load_s)
+        while session.step():
+            pass
+        if stats:
+            session.show_stats()
+    return 0
+
+
+class Session:
+    """One chat: reads lines, obeys commands, streams answers."""
+
+    def __init__(
+        self, llama: Llama, conversation: Conversation, sampling: Sampling, max_tokens: int | None, load_s: float
+    ) -> None:
+        self.llama = llama
+        self.conversation = conversation
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.load_s = load_s
+        self.last: Generation | None = None
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        if self.interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 - makes input() edit lines
+            note("Ctrl-C stops an answer, /help lists commands, Ctrl-D leaves.")
+
+    def step(self) -> bool:
+        """One message or command; False at the end."""
+        try:
+            message = self.read_message()
+        except KeyboardInterrupt:
+            note("\nCtrl-D or /bye leaves.")
+            return True
+        if message is None:
+            if self.interactive:
+                note("")
+            return False
+        if message.startswith("/"):
+            return self.command(message)
+        if message.strip():
+            self.answer(message)
+        return True
+
+    # -- input --
+
+    def read_line(self, prompt: str) -> str | None:
+        """A line without its end; None at the end of the input."""
+        if self.interactive:
+            try:
+                return input(prompt)
+            except EOFError:
+                return None
+        line = sys.stdin.readline()
+        return line.rstrip("\r\n") if line else None
+
+    def read_message(self) -> str | None:
+        line = self.read_line(">>> ")
+        if line is None or not line.lstrip().startswith('"""'):
+            return line
+        text = line.lstrip()[3:]
+        lines = []
+        while not text.rstrip().endswith('"""'):
+            lines.append(text)
+            more = self.read_line("... ")
+            if more is None:
+                return None
+            text = more
+        lines.append(text.rstrip()[:-3])
+        return "\n".join(lines).strip("\n")
+
+    # -- answers --
+
+    def answer(self, message: str) -> None:
+        """Stream the answer to a message; a failure leaves the conversation as it was."""
+        from spac.generate import generate
+
+        try:
+            tokens, dropped = self.conversation.ask(message, self.max_tokens)
+        except SpacError as e:
+            note(f"spac: {e}")
+            return
+        if dropped:
+            note(f"(the context is full: forgot the oldest {'turn' if dropped == 1 else f'{dropped} turns'})")
+        self.llama.spac.forget_cancel()
+        self.last, pieces = generate(self.llama, tokens, self.sampling, self.max_tokens)
+        interrupted = False
+        with terminal.Interrupts(on_hit=self.llama.spac.cancel) as interrupts:
+            try:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+                    if interrupts.hit:
+                        break
+            except Cancelled:
+                pass
+            except ModelChangedError:
+                raise
+            except SpacError as e:
+                note(f"\nspac: {e}")
+            interrupted = interrupts.hit
+        self.finish_answer(self.last, interrupted)
+
+    def finish_answer(self, generation: Generation, interrupted: bool) -> None:
+        if generation.text:
+            self.conversation.answered(generation.text)
+        elif generation.finish != "stop":
+            self.conversation.take_back()
+        else:
+            self.conversation.answered("")
+        print(flush=True)
+        if interrupted:
+            note("(stopped)")
+        elif generation.finish == "context":
+            note(f"(the context of {self.llama.n_ctx()} tokens is full: the answer is cut)")
+        elif generation.finish == "length":
+            note(f"(cut after {generation.completion_tokens} tokens)")
+
+    # -- commands --
+
+    def command(self, line: str) -> bool:
+        name, _, rest = line.strip().partition(" ")
+        if name in ("/bye", "/exit", "/quit"):
+            return False
+        if name == "/clear":
+            self.conversation.clear()
+            note("(forgot the conversation)")
+        elif name == "/stats":
+            self.show_stats()
+        elif name == "/set":
+            self.set_option(rest.strip())
+        elif name in ("/help", "/?"):
+            note(HELP)
+        else:
+            note(f"{name} is not a command; /help lists them")
+        return True
+
+    def show_stats(self) -> None:
+        for line in terminal.stats_lines(self.llama, self.last, self.load_s):
+            note(line)
+
+    def set_option(self, text: str) -> None:
+        """`/set`: show or change an option."""
+        name, _, value = text.partition(" ")
+        value = value.strip()
+        fields = {"temp": "temperature", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "seed": "seed"}
+        try:
+            if not name:
+                shown = {option: getattr(self.sampling, attribute) for option, attribute in fields.items()}
+                shown |= {"max-tokens": self.max_tokens, "system": self.conversation.system}
+                note("\n".join(f"{option:<11}{'-' if current is None else current}" for option, current in shown.items()))
+            elif name == "system":
+                self.conversation.system = value or None
+            elif name == "max-tokens":
+                self.max_tokens = self._positive(value)
+            elif name in fields:
+                number = float(value) if name in ("temp", "top-p", "min-p") else int(value)
+                self.sampling = dataclasses.replace(self.sampling, **{fields[name]: number})
+            else:
+                note(f"{name} cannot be set; /help lists what can")
+        except OptionError as e:
+            note(f"spac: {e}")
+        except ValueError:
+            note(f"spac: {value!r} is not a value for {name}")
+
+    @staticmethod
+    def _positive(value: str) -> int | None:
+        if value in ("", "-"):
+            return None
+        if int(value) < 1:
+            raise OptionError(f"max-tokens is {value}, expected 1 or more")
+        return int(value)

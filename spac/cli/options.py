@@ -1,0 +1,115 @@
+"""Options that `run` and `chat` share, and loading a model as they say."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spac.cli import terminal
+from spac.errors import Cancelled
+
+if TYPE_CHECKING:
+    from spac.llama import Llama
+
+
+class Paging(StrEnum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+STORES = ("auto", "direct", "buffered", "mmap", "mock")  # mock is for tests and not shown
+
+
+def _check_store(store: str) -> str:
+    if store not in STORES:
+        raise typer.BadParameter(f"store {store!r} does not exist: use {', '.join(STORES[:-1])}")
+    return store
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file; the first part of a split model.", show_default=False)]
+Memory = Annotated[
+    str, typer.Option(metavar="SIZE", help="Limit of the whole process: 4G, 512M, 50%, or auto. K, M and G count in 1024s.")
+]
+Ctx = Annotated[int, typer.Option(min=0, metavar="TOKENS", help="Length of the context; 0: what the model was trained with.")]
+Ubatch = Annotated[int, typer.Option(min=1, max=65536, metavar="TOKENS", help="Tokens computed at a time while reading the prompt.")]
+Threads = Annotated[int, typer.Option(min=0, max=1024, metavar="N", help="Compute threads; 0: one for each physical core.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("-n", "--max-tokens", min=1, metavar="N", help="Answer at most so many tokens.", show_default=False)
+]
+Temp = Annotated[float, typer.Option(min=0, max=100, metavar="T", help="Temperature; 0: always the most likely token.")]
+TopK = Annotated[int, typer.Option(min=0, metavar="K", help="Choose among the K most likely tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, metavar="P", help="Choose among the most likely with probability P together.")]
+MinP = Annotated[float, typer.Option(min=0, max=1, metavar="P", help="Leave out what is less likely than P times the best.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**32 - 2, metavar="N", help="Of the random numbers; else drawn.", show_default=False)
+]
+StoreOption = Annotated[
+    str,
+    typer.Option(
+        metavar="direct|buffered|mmap|auto",
+        callback=_check_store,
+        help="How experts are read; auto: direct, or buffered where that is refused.",
+    ),
+]
+PagingOption = Annotated[Paging, typer.Option(help="Page experts: if the model does not fit, always, or never (no limit then).")]
+Stats = Annotated[bool, typer.Option("--stats", help="Show timings and what paging did, on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show llama.cpp's log, and tracebacks.")]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a user asked for about loading."""
+
+    model: str
+    memory: str
+    ctx: int
+    ubatch: int
+    threads: int
+    store: str
+    paging: Paging
+    debug: bool
+
+
+def load(options: LoadOptions) -> tuple[Llama, float]:
+    """Load a model, with a bar on a terminal; returns it and the seconds it took.
+
+    Raises:
+        SpacError: it cannot be loaded.
+        KeyboardInterrupt: Ctrl-C came meanwhile.
+    """
+    from spac.gguf_check import check_model
+
+    check_model(options.model)  # before anything heavy is imported
+    begin = time.perf_counter()
+    from spac.llama import Llama
+
+    with terminal.Interrupts() as interrupts, terminal.LoadingBar(options.model) as bar:
+
+        def on_progress(progress: float) -> bool:
+            bar.show(progress)
+            return not interrupts.hit
+
+        try:
+            llama = Llama(
+                options.model,
+                memory=options.memory,
+                paging=options.paging.value,
+                store=options.store,
+                on_progress=on_progress,
+                n_ctx=options.ctx,
+                n_batch=max(512, options.ubatch),
+                n_ubatch=options.ubatch,
+                n_threads=options.threads or None,
+                verbose=options.debug,
+            )
+        except Cancelled:
+            raise KeyboardInterrupt from None
+        if interrupts.hit:
+            llama.close()
+            raise KeyboardInterrupt
+    return llama, time.perf_counter() - begin

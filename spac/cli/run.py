@@ -1,0 +1,134 @@
+"""`spac run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spac.cli import options as opt
+from spac.cli import terminal
+from spac.errors import Cancelled, SpacError
+
+if TYPE_CHECKING:
+    from spac.generate import Generation
+    from spac.llama import Llama
+
+
+def run(
+    model: opt.Model,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The text to continue.", show_default=False)] = None,
+    file: Annotated[
+        str | None, typer.Option("-f", "--file", metavar="FILE", help="Read the prompt from a file; -: from stdin.", show_default=False)
+    ] = None,
+    max_tokens: opt.MaxTokens = None,
+    memory: opt.Memory = "auto",
+    ctx: opt.Ctx = 4096,
+    ubatch: opt.Ubatch = 512,
+    threads: opt.Threads = 0,
+    temp: opt.Temp = 0.8,
+    top_k: opt.TopK = 40,
+    top_p: opt.TopP = 0.95,
+    min_p: opt.MinP = 0.05,
+    seed: opt.Seed = None,
+    store: opt.StoreOption = "auto",
+    paging: opt.PagingOption = opt.Paging.auto,
+    stats: opt.Stats = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer.")] = False,
+    debug: opt.Debug = False,
+) -> int:
+    """Continue a prompt."""
+    text = read_prompt(prompt, file)
+    llama, load_s = opt.load(opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, debug))
+    from spac.generate import Sampling, generate, tokenize
+
+    sampling = Sampling(temp, top_k, top_p, min_p, seed)
+    tokens = tokenize(llama, text)
+    generation, pieces = generate(llama, tokens, sampling, max_tokens)
+    with terminal.Interrupts(on_hit=llama.spac.cancel) as interrupts:
+        try:
+            for piece in pieces:
+                if not as_json:
+                    print(piece, end="", flush=True)
+                if interrupts.hit:
+                    break
+        except Cancelled:
+            pass
+    if as_json:
+        print(json.dumps(report(llama, generation, load_s), ensure_ascii=False))
+    elif generation.text and not generation.text.endswith("\n"):
+        print(flush=True)
+    if generation.finish == "context" and not as_json:
+        terminal.note(f"spac: the context of {llama.n_ctx()} tokens is full; raise --ctx for more")
+    if stats:
+        for line in terminal.stats_lines(llama, generation, load_s):
+            terminal.note(line)
+    llama.close()
+    return 130 if interrupts.hit else 0
+
+
+def read_prompt(prompt: str | None, file: str | None) -> str:
+    """The prompt that was given in one of two ways.
+
+    Raises:
+        typer.BadParameter: in both ways or none, or it is empty.
+        SpacError: the file cannot be read.
+    """
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("give the prompt with -p or with -f, not both")
+    if prompt is None and file is None:
+        raise typer.BadParameter("no prompt: give it with -p, or with -f FILE (- for stdin)")
+    if file is not None:
+        try:
+            raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        except OSError as e:
+            raise SpacError(f"{file}: cannot read the prompt: {e.strerror}") from None
+        try:
+            prompt = raw.decode()
+        except UnicodeDecodeError as e:
+            raise SpacError(f"{file}: the prompt is not UTF-8 text (byte {e.start})") from None
+    if not prompt:
+        raise typer.BadParameter("the prompt is empty")
+    return prompt
+
+
+def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any]:
+    """What `--json` prints. Times in seconds, memory in bytes; `expert` is null if nothing is paged."""
+    from spac.memory import peak_resident_bytes
+
+    plan, stats, info = llama.spac.plan, llama.spac.stats(), llama.spac.info()
+    expert = None
+    if stats is not None and info is not None:
+        expert = {
+            "budget_bytes": stats.budget_bytes,
+            "peak_bytes": stats.peak_bytes,
+            "hits": stats.hits,
+            "misses": stats.misses,
+            "hit_rate": stats.hit_rate,
+            "bytes_read": stats.bytes_read,
+            "reads": stats.reads,
+            "stall_s": stats.stall_s,
+            "floor_bytes": info.floor_bytes,
+            "store": info.store,
+        }
+    return {
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "finish": generation.finish or "interrupted",
+        "prompt_tokens": generation.prompt_tokens,
+        "completion_tokens": generation.completion_tokens,
+        "load_s": load_s,
+        "prefill_s": generation.prefill_s,
+        "decode_s": generation.decode_s,
+        "prefill_tokens_per_s": generation.prefill_tokens_per_s,
+        "decode_tokens_per_s": generation.decode_tokens_per_s,
+        "memory_limit_bytes": plan.limit_bytes if plan is not None else None,
+        "peak_rss_bytes": peak_resident_bytes(),
+        "cpu_s": time.process_time(),
+        "paging": "on" if llama.spac.paged else "off",
+        "expert": expert,
+    }

@@ -1,0 +1,331 @@
+"""`spac.Llama`: llama_cpp.Llama for models that are larger than memory."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import llama_cpp
+import llama_cpp.llama_cpp as upstream
+
+from spac import control, log, memory, seam
+from spac.errors import BudgetError, DecodeError, OptionError, SpacError
+from spac.gguf_check import ModelFacts, check_model
+from spac.governor import Governor
+from spac.plan import VOCABULARY_FACTOR, Paging, Plan, Sizes, make_plan
+from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
+
+PAGINGS: Final = ("auto", "on", "off")
+
+_governor = Governor(
+    set_budget=lambda n: void(control.check(control.spac_budget_set(n))),
+    used_bytes=lambda: _used_bytes(),
+)
+_live: weakref.WeakSet[Llama] = weakref.WeakSet()
+
+
+def void(_: object) -> None:
+    """Drop a value."""
+
+
+def _used_bytes() -> int:
+    """Bytes of experts in memory, of all models."""
+    for llama in list(_live):
+        if llama.spac.paged:
+            stats = llama.spac.stats()
+            if stats is not None:
+                return stats.used_bytes
+    return 0
+
+
+class Handle:
+    """What a `spac.Llama` says and takes beyond `llama_cpp.Llama`, as its attribute `spac`.
+
+    Attributes:
+        plan: how the model was loaded into the limit; None with paging="off".
+        facts: what the model's headers say.
+    """
+
+    def __init__(self, facts: ModelFacts) -> None:
+        self.facts = facts
+        self.plan: Plan | None = None
+        self._model: seam.Model | None = None
+        self._context: seam.Context | None = None
+
+    def _detach(self) -> None:
+        self._model = None
+        self._context = None
+
+    @property
+    def model_id(self) -> int:
+        """libspac's number of the model; 0 if it is not paged or closed."""
+        return int(self._model.model_id) if self._model is not None else 0
+
+    @property
+    def paged(self) -> bool:
+        """Whether experts are paged."""
+        return self.model_id > 0
+
+    def info(self) -> ModelInfo | None:
+        """Sizes of the paged model; None if nothing is paged."""
+        return control.model_info(self.model_id) if self.paged else None
+
+    def stats(self) -> ModelStats | None:
+        """Counters since the load; None if nothing is paged."""
+        return control.model_stats(self.model_id) if self.paged else None
+
+    def stats_by_layer(self) -> list[LayerStats]:
+        """Hits and misses of every paged layer."""
+        return control.model_stats_by_layer(self.model_id) if self.paged else []
+
+    def events(self, from_: int = 0) -> list[RoutingEvent]:
+        """Routing events from sequence number `from_` on; the ring holds the last few thousand."""
+        return control.model_events(self.model_id, from_) if self.paged else []
+
+    def evict_all(self) -> int:
+        """Drop every expert from memory, for measuring cold; returns how many slices that were."""
+        return control.check(control.spac_model_evict_all(self.model_id)) if self.paged else 0
+
+    def cancel(self) -> None:
+        """Stop the running decode, or the next one: it raises `Cancelled`. From any thread."""
+        if self._context is not None:
+            self._context.cancel()
+
+    def forget_cancel(self) -> None:
+        """Undo a `cancel()` that came when nothing was running."""
+        if self._context is not None:
+            self._context.forget_cancel()
+
+
+class Llama(llama_cpp.Llama):
+    """`llama_cpp.Llama`, with expert weights paged from disk when the model does not fit into `memory`.
+
+    All arguments of `llama_cpp.Llama` keep their meaning. The differences:
+
+    - `memory` bounds the whole process, Python's share included; see `spac.memory.parse_memory`.
+    - The model file is checked first, and errors are `spac.errors`, each with one clear line.
+    - When experts are paged, the other weights are read past the page cache (load mode "direct I/O") and `use_mlock` is
+      refused. When all fits, weights are mapped as stock does, unless repacked copies would then exceed `memory`.
+    - `flash_attn` defaults to llama.cpp's own choice ("auto") instead of off.
+    - `n_threads` and `n_threads_batch` default to the physical cores, instead of half of and all the logical ones.
+    - `n_ctx=0` takes the training context from the file, as stock does, but before the memory plan is made.
+    - A decode can be stopped by `spac.cancel()` and fails with `ExpertReadError` when weights cannot be read. Afterwards the
+      instance is as it was before that `eval()`; recurrent and hybrid models start their sequence anew.
+    - glibc's malloc is told to return freed memory at once (fixed thresholds, two arenas).
+    - Loading does not redirect the process's stdout and stderr; llama.cpp's log is shown with `verbose` only, errors too.
+
+    Args:
+        model_path: a GGUF file; the first part of a split model.
+        memory: limit of the process: "4G", "512MiB", "50%", bytes, or "auto" (what is available, less headroom).
+        paging: "auto" pages if the model does not fit, "on" always, "off" never: stock loading, `memory` not enforced.
+        store: how experts are read: "auto", "direct" (O_DIRECT), "buffered" or "mmap" (the limit is then best effort).
+        n_io_threads: reads in flight; 0: libspac's default.
+        on_progress: called while loading with 0.0 to 1.0; False cancels.
+
+    Raises:
+        ModelFileError: the file is missing, damaged or not supported.
+        BudgetError: the model needs more than `memory`; says how much.
+        OptionError: an argument has no meaning.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        memory: str | int = "auto",
+        paging: Paging = "auto",
+        store: str = "auto",
+        n_io_threads: int = 0,
+        on_progress: Callable[[float], bool] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._stack = contextlib.ExitStack()  # close() may be called on what was never finished
+        self._spac_arguments = {"memory": memory, "paging": paging, "store": store, "n_io_threads": n_io_threads}
+        self._prepare_arguments(memory, paging, store, kwargs)
+        path = os.fspath(model_path)
+        facts = check_model(path)
+        self.spac = Handle(facts)
+        self._on_progress = on_progress
+        self._member: int | None = None
+        self._flash_attn: bool | None = kwargs.pop("flash_attn", None)
+        if kwargs.get("n_ctx") == 0 and facts.n_ctx_train:
+            kwargs["n_ctx"] = facts.n_ctx_train
+        cores = seam.physical_cores()
+        kwargs["n_threads"] = kwargs.get("n_threads") or cores
+        kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or kwargs["n_threads"]
+        try:
+            with seam.substitute(self._make_model, self._make_context):
+                super().__init__(path, flash_attn=bool(self._flash_attn), **kwargs)
+            self._settle()
+        except BaseException:
+            self.close()
+            raise
+        _live.add(self)
+
+    def _prepare_arguments(self, limit: str | int, paging: str, store: str, kwargs: dict[str, Any]) -> None:
+        if paging not in PAGINGS:
+            raise OptionError(f"paging {paging!r} does not exist: use auto, on or off")
+        if store not in control.STORES:
+            raise OptionError(f"store {store!r} does not exist: use auto, direct, buffered or mmap")
+        for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch"):
+            value = kwargs.get(name)
+            if value is not None and (not isinstance(value, int) or value < 0 or (value == 0 and name in ("n_batch", "n_ubatch"))):
+                raise OptionError(f"{name} is {value!r}, expected a positive number")
+        given = memory.parse_memory(limit)
+        self._automatic_limit = given is None
+        self._limit_bytes = given if given is not None else memory.auto_limit_bytes()
+
+    # -- called by llama_cpp.Llama.__init__ through the seam --
+
+    def _make_model(self, *, path_model: str, params: Any, verbose: bool) -> seam.Model:
+        arguments = self._spac_arguments
+        paged = False
+        if arguments["paging"] != "off" and not params.vocab_only:
+            memory.tame_malloc()
+            plan = self.spac.plan = self._make_plan(path_model, params)
+            paged = plan.paged
+            if paged and params.load_mode in (upstream.LLAMA_LOAD_MODE_MLOCK, upstream.LLAMA_LOAD_MODE_MMAP_MLOCK):
+                raise OptionError("use_mlock cannot be combined with paging")
+            if plan.direct_io:
+                params.load_mode = upstream.LLAMA_LOAD_MODE_DIRECT_IO
+            need = plan.sizes.dense_bytes + plan.sizes.context_bytes + plan.sizes.compute_bytes + plan.sizes.vocabulary_bytes
+            self._member = _governor.admit(plan.limit_bytes, plan.sizes.floor_bytes if paged else 0, need)
+            self._stack.callback(_governor.release, self._member)  # after the model is freed
+        model = seam.Model(
+            path_model=path_model,
+            params=params,
+            verbose=verbose,
+            store=str(arguments["store"]) if paged else None,
+            n_io_threads=int(arguments["n_io_threads"]),
+            on_progress=self._on_progress,
+        )
+        self.spac._model = model
+        self._stack.callback(self.spac._detach)  # before the model is freed: what closes it is entered after this
+        return model
+
+    def _make_context(self, *, model: seam.Model, params: Any, verbose: bool) -> seam.Context:
+        self._set_flash_attention(params)
+        context = seam.Context(model=model, params=params, verbose=verbose, after_decode=_governor.check)
+        self.spac._context = context
+        return context
+
+    def _set_flash_attention(self, context_params: Any) -> None:
+        if self._flash_attn is None:
+            context_params.flash_attn_type = upstream.LLAMA_FLASH_ATTN_TYPE_AUTO
+
+    # -- memory --
+
+    def _make_plan(self, path: str, params: Any) -> Plan:
+        facts = self.spac.facts
+        base = memory.resident_bytes() - _used_bytes()
+        sizes = self._measure(path, params)
+        try:
+            return make_plan(
+                self._limit_bytes,
+                base,
+                sizes,
+                paging=self._spac_arguments["paging"],  # type: ignore[arg-type]
+                n_ctx=self.context_params.n_ctx,
+                automatic=self._automatic_limit,
+            )
+        except BudgetError as e:
+            raise BudgetError(f"{facts.path}: {e}") from None
+        finally:
+            memory.trim_malloc()
+
+    def _measure(self, path: str, params: Any) -> Sizes:
+        facts = self.spac.facts
+        model_params = type(params).from_buffer_copy(params)
+        model_params.progress_callback = upstream.llama_progress_callback()
+        overrides = seam.expert_overrides()
+        if facts.expert_bytes:
+            model_params.tensor_buft_overrides = ctypes.addressof(overrides)
+        context_params = type(self.context_params).from_buffer_copy(self.context_params)
+        self._set_flash_attention(context_params)
+        if context_params.embeddings:  # as llama_cpp.Llama sets it later
+            context_params.n_seq_max = min(self.n_batch, upstream.llama_max_parallel_sequences())
+            context_params.kv_unified = True
+        log.forget_error()
+        try:
+            with log.quiet():
+                measured = control.memory_measure(path, model_params, context_params)
+        except SpacError as e:
+            reason = log.last_error()
+            raise type(e)(f"{e}: {reason}" if reason else str(e)) from None
+        return Sizes(
+            dense_bytes=measured.dense_bytes,
+            expert_bytes=measured.expert_bytes,
+            context_bytes=measured.context_bytes,
+            compute_bytes=measured.compute_bytes,
+            staging_bytes=2 * facts.largest_dense_bytes,
+            vocabulary_bytes=VOCABULARY_FACTOR * facts.vocabulary_bytes,
+            file_bytes=facts.file_bytes,
+            floor_bytes=facts.floor_bytes,
+        )
+
+    def _settle(self) -> None:
+        """All is loaded: give experts what is left."""
+        memory.trim_malloc()
+        if self.spac.plan is None or self._member is None:
+            return
+        if self.spac.plan.direct_io:
+            memory.drop_file_cache(*self.spac.facts.parts)
+            memory.drop_own_file_cache()
+        info = self.spac.info()
+        try:
+            _governor.settle(self._member, info.floor_bytes if info else 0, self.spac.plan.sizes.compute_bytes)
+        except BudgetError as e:
+            raise BudgetError(f"{self.spac.facts.path}: {e}") from None
+
+    # -- llama_cpp.Llama's own methods --
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens after those that are in the context.
+
+        Raises:
+            ExpertReadError, ModelChangedError, Cancelled, DecodeError: what was evaluated before this call is still valid,
+                and may be continued; recurrent and hybrid models begin with an empty context.
+        """
+        before = self.n_tokens
+        if before + len(tokens) > self._n_ctx:
+            raise DecodeError(f"{before + len(tokens)} tokens do not fit into the context of {self._n_ctx}; raise n_ctx (--ctx)")
+        try:
+            super().eval(tokens)
+        except SpacError:
+            self._forget_after(before)
+            raise
+
+    def _forget_after(self, n_tokens: int) -> None:
+        if self._is_recurrent or self._is_hybrid or not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
+            self._ctx.kv_cache_clear()  # type: ignore[no-untyped-call]
+            n_tokens = 0
+        self.n_tokens = n_tokens
+        self._requires_eval = True
+
+    def close(self) -> None:
+        """Free the context and the model; other models may take their room. May be called again."""
+        _live.discard(self)
+        super().close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, **self._spac_arguments, "flash_attn": self._flash_attn}
+
+
+def _close_all() -> None:
+    """At exit: stop what runs and free it while Python is still whole; what does not stop is left to the system."""
+    for llama in list(_live):
+        llama.spac.cancel()
+    for llama in list(_live):
+        context: Any = llama._ctx
+        if context.busy.acquire(timeout=5):
+            context.busy.release()
+            llama.close()
+
+
+atexit.register(_close_all)

@@ -1,0 +1,204 @@
+"""The seam to llama-cpp-python: its model and context, with what it does not let callers set.
+
+`llama_cpp.Llama.__init__` fills in params and hands them to `_internals.LlamaModel` and `LlamaContext`. While `substitute()`
+is active in a thread, those two names make ours there; other threads keep the stock ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import llama_cpp._internals
+import llama_cpp.llama_cpp as upstream
+
+from spac import control, log
+from spac.errors import Cancelled, DecodeError, LibraryError, ModelFileError, SpacError
+from spac.gguf_check import EXPERT_PATTERN
+
+internals: Any = llama_cpp._internals  # its classes are replaced here
+_StockModel: Any = internals.LlamaModel
+_StockContext: Any = internals.LlamaContext
+_lock = threading.RLock()
+
+
+class _TensorBufferOverride(ctypes.Structure):
+    # struct llama_model_tensor_buft_override { const char * pattern; ggml_backend_buffer_type_t buft; };
+    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+def expert_overrides() -> ctypes.Array[_TensorBufferOverride]:
+    """Override list that places expert tensors in the pager's buffer type; keep it alive while params point to it."""
+    overrides = (_TensorBufferOverride * 2)()  # the second ends the list
+    overrides[0] = _TensorBufferOverride(EXPERT_PATTERN.encode(), control.spac_buffer_type())
+    return overrides
+
+
+@contextmanager
+def substitute(model: Callable[..., Any], context: Callable[..., Any]) -> Iterator[None]:
+    """Make `_internals.LlamaModel` and `LlamaContext` call these instead, in this thread only."""
+    owner = threading.get_ident()
+
+    def dispatch(ours: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda **kwargs: (ours if threading.get_ident() == owner else stock)(**kwargs)
+
+    with _lock:
+        internals.LlamaModel = dispatch(model, _StockModel)
+        internals.LlamaContext = dispatch(context, _StockContext)
+        try:
+            yield
+        finally:
+            internals.LlamaModel = _StockModel
+            internals.LlamaContext = _StockContext
+
+
+class Model(_StockModel):  # type: ignore[misc]
+    """A `LlamaModel` whose expert tensors are paged if `store` is given.
+
+    Raises:
+        ModelFileError: llama.cpp cannot load the file; with the last line of its log.
+        Cancelled: `on_progress` returned False.
+    """
+
+    def __init__(
+        self,
+        *,
+        path_model: str,
+        params: Any,
+        verbose: bool,
+        store: str | None,
+        n_io_threads: int,
+        on_progress: Callable[[float], bool] | None,
+    ) -> None:
+        self.model_id = 0  # libspac's; 0: not paged
+        self.sampler = None
+        self._cancelled = False
+        if on_progress is not None:
+            params.progress_callback = self._callback = upstream.llama_progress_callback(self._progress(on_progress))
+        if store is not None:
+            self._overrides = expert_overrides()
+            params.tensor_buft_overrides = ctypes.addressof(self._overrides)
+            control.begin_load(store, n_io_threads)
+        log.forget_error()
+        loaded = False
+        try:
+            # verbose: stock would point this process's stdout and stderr at /dev/null meanwhile, for all threads
+            super().__init__(path_model=path_model, params=params, verbose=True)
+            loaded = True
+        except ValueError as e:
+            if self._cancelled:
+                raise Cancelled("loading was cancelled") from None
+            raise ModelFileError(f"{path_model}: llama.cpp cannot load this model: {log.last_error() or e}") from None
+        finally:
+            self.verbose = verbose
+            code = control.spac_load_end() if store is not None else 0
+            if loaded and store is not None and code <= 0:
+                self.close()
+        if store is not None:
+            self.model_id = control.check(code)
+            if code == 0:
+                raise LibraryError(f"{path_model}: llama.cpp placed no expert tensor in the pager's buffer type")
+
+    def _progress(self, on_progress: Callable[[float], bool]) -> Callable[[float, Any], bool]:
+        def callback(progress: float, _: Any) -> bool:
+            self._cancelled = not on_progress(progress)
+            return not self._cancelled
+
+        return callback
+
+    def close(self) -> None:
+        if hasattr(self, "_exit_stack"):
+            super().close()
+
+
+class Context(_StockContext):  # type: ignore[misc]
+    """A `LlamaContext` that can be cancelled and says why a decode stopped.
+
+    Frees llama.cpp's context, then libspac's; the model comes after both.
+    """
+
+    def __init__(self, *, model: Model, params: Any, verbose: bool, after_decode: Callable[[], None]) -> None:
+        self.sampler = None
+        self.ctx = None
+        self._after_decode = after_decode
+        self._lock = threading.Lock()
+        self.busy = threading.Lock()  # held while llama.cpp computes
+        user = ctypes.cast(params.abort_callback, ctypes.c_void_p).value
+        self._user_callback = params.abort_callback  # keeps it alive
+        self.spac_context = control.spac_context_new(user, params.abort_callback_data)
+        if self.spac_context is None:
+            raise SpacError("out of memory for a context")
+        params.abort_callback = ctypes.cast(control.abort_callback_address(), upstream.ggml_abort_callback)
+        params.abort_callback_data = self.spac_context
+        log.forget_error()
+        try:
+            super().__init__(model=model, params=params, verbose=verbose)
+        except ValueError as e:
+            self._free_spac_context()
+            raise SpacError(f"llama.cpp cannot create a context: {log.last_error() or e}") from None
+
+    def decode(self, batch: Any) -> None:
+        """Evaluate one batch.
+
+        Raises:
+            ExpertReadError, ModelChangedError, Cancelled: paging stopped it.
+            DecodeError: llama.cpp refused it, for example because the context is full.
+        """
+        with self.busy:
+            code = upstream.llama_decode(self.ctx, batch.batch)
+        if code != 0:
+            raise self._error("llama_decode", code)
+        self._after_decode()
+
+    def encode(self, batch: Any) -> None:
+        """As `decode`, for encoders."""
+        with self.busy:
+            code = upstream.llama_encode(self.ctx, batch.batch)
+        if code != 0:
+            raise self._error("llama_encode", code)
+
+    def _error(self, function: str, code: int) -> SpacError:
+        cause = control.take_error(self.spac_context) if self.spac_context else None
+        if cause is not None:
+            return cause
+        if code == 1:
+            return DecodeError("the context is full: no room for this batch; use a larger context or a shorter prompt")
+        if code == 2:
+            return Cancelled("stopped by the abort callback")
+        return DecodeError(f"{function} returned {code}")
+
+    def cancel(self) -> None:
+        """Stop the running decode, or the next one. Any thread; nothing happens after close."""
+        with self._lock:
+            if self.spac_context is not None:
+                control.spac_cancel(self.spac_context)
+
+    def forget_cancel(self) -> None:
+        """Undo a cancel that no decode has seen yet."""
+        with self._lock:
+            if self.spac_context is not None:
+                control.take_error(self.spac_context)
+
+    def _free_spac_context(self) -> None:
+        with self._lock:
+            context, self.spac_context = self.spac_context, None
+            if context is not None:
+                control.spac_context_free(context)
+
+    def close(self) -> None:
+        if hasattr(self, "_exit_stack"):
+            super().close()
+        if hasattr(self, "_lock"):
+            self._free_spac_context()
+
+
+def physical_cores() -> int:
+    """Cores that this process may run on, hyper-threads not counted."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))

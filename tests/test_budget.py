@@ -1,0 +1,115 @@
+"""The memory limit holds, seen from outside: by a control group, by the kernel's page tables, and over many chats."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import spac
+from spac import control, limits
+from spac.inflate import inflate
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def big_model(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The demo model, inflated to about 560 MB."""
+    path = tmp_path_factory.mktemp("big") / "big.gguf"
+    inflate(model_path, path, expert_type="Q4_0", factor=16)
+    yield path
+    path.unlink()
+
+
+@pytest.mark.parametrize("memory_mib", [200, 300, 450])
+def test_peak_in_a_control_group(big_model: Path, memory_mib: int) -> None:
+    """In a group limited to twice --memory, its peak, page cache included, stays within --memory."""
+    reason = limits.unavailable()
+    if reason:
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "spac", "run", str(big_model), "-p", "The purpose of this page is " * 20, "-n", "48",
+               "--memory", f"{memory_mib}M", "--ctx", "1024", "--temp", "0", "--json"]  # fmt: skip
+    run = limits.run_limited(command, memory_bytes=2 * memory_mib * MIB, files=[big_model], timeout_s=300)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["paging"] == "on"
+    assert result["expert"]["peak_bytes"] <= result["expert"]["budget_bytes"]
+    assert run.peak_bytes is not None
+    assert run.peak_bytes <= memory_mib * MIB, f"{run.peak_bytes / MIB:.1f} MiB"
+
+
+def window_rss_bytes() -> int:
+    """Resident bytes of all windows of this process: no other mapping is both dontcopy and nohugepage."""
+    total, rss = 0, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"Rss:\s+(\d+) kB", line):
+            rss = int(match.group(1)) * 1024
+        elif line.startswith("VmFlags:") and {"dc", "nh"} <= set(line.split()):
+            total += rss
+    return total
+
+
+def test_windows_stay_within_the_budget(big_model: Path) -> None:
+    """The kernel's own count of the windows' pages, sampled while decoding, never exceeds the expert budget."""
+    llama = spac.Llama(big_model, memory="4G", paging="on", n_ctx=512, verbose=False)
+    info = llama.spac.info()
+    assert info is not None
+    budget = info.expert_page_bytes // 5
+    control.check(control.spac_budget_set(budget))
+    samples: list[int] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.is_set():
+            samples.append(window_rss_bytes())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        llama("What does this function return, and why? " * 8, max_tokens=24, temperature=0)
+    finally:
+        done.set()
+        thread.join()
+        llama.close()
+    assert len(samples) > 5
+    assert max(samples) > budget // 2  # the windows were found
+    assert max(samples) <= budget
+
+
+def test_many_chats_leak_nothing(model_path: Path) -> None:
+    """Fifty chats in a row: the last forty take no more memory than the first ten left."""
+    llama = spac.Llama(model_path, memory="4G", paging="on", n_ctx=512, verbose=False)
+    process = psutil.Process()
+    after_ten = 0
+    for chat in range(50):
+        llama.create_chat_completion([{"role": "user", "content": f"What is page {chat}?"}], max_tokens=8)
+        if chat == 9:
+            after_ten = process.memory_info().rss - window_rss_bytes()
+    grown = process.memory_info().rss - window_rss_bytes() - after_ten
+    llama.close()
+    assert grown < 4 * MIB
+
+
+def test_closing_gives_everything_back(model_path: Path) -> None:
+    """Ten models opened, used and closed: windows, files and threads are gone."""
+    process = psutil.Process()
+
+    def open_and_close() -> None:
+        with_paging = spac.Llama(model_path, memory="4G", paging="on", n_ctx=256, verbose=False)
+        with_paging("The", max_tokens=4)
+        with_paging.close()
+
+    open_and_close()
+    files, threads = process.num_fds(), process.num_threads()
+    for _ in range(10):
+        open_and_close()
+    assert window_rss_bytes() == 0
+    assert process.num_fds() <= files
+    assert process.num_threads() <= threads

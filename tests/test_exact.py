@@ -1,0 +1,163 @@
+"""Paging is bit-exact: the same library, with and without it, gives the same logits.
+
+Every case compares all logits of a 320-token prompt (enough rows for each expert that batched kernels take over) and of
+twelve greedy tokens after it. llama.cpp's repacking is off in both, since a repacked kernel rounds differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import spac
+from spac import control
+from spac.inflate import inflate
+from spac.stats import ModelStats
+
+N_PROMPT, N_DECODED = 320, 12
+SHARES = [1.0, 0.5, 0.25, 0.12, 0.0]  # of all experts; 0: the floor
+TYPES = ["F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL", "MXFP4"]
+
+Logits = npt.NDArray[np.float32]
+Reference = Callable[..., Logits]
+
+
+@pytest.fixture(autouse=True)
+def _no_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    import llama_cpp.llama_cpp as upstream
+
+    stock = upstream.llama_model_default_params
+
+    def params() -> object:
+        result = stock()
+        result.use_extra_bufts = False
+        return result
+
+    monkeypatch.setattr(upstream, "llama_model_default_params", params)
+
+
+@pytest.fixture(scope="module")
+def model_of(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """The demo model with its experts in another type, made once."""
+    folder = tmp_path_factory.mktemp("types")
+    made: dict[str, Path] = {}
+
+    def make(expert_type: str) -> Path:
+        if expert_type not in made:
+            path = folder / f"{expert_type}.gguf"
+            assert inflate(model_path, path, expert_type=expert_type, factor=1).expert_type == expert_type
+            made[expert_type] = path
+        return made[expert_type]
+
+    yield make
+    for path in made.values():
+        path.unlink()
+
+
+def evaluate(llama: spac.Llama) -> Logits:
+    """All logits [token, vocabulary] of the prompt and of greedy tokens after it."""
+    llama.eval(np.random.default_rng(5).integers(300, 4000, N_PROMPT).tolist())
+    for _ in range(N_DECODED):
+        llama.eval([int(np.argmax(llama.scores[llama.n_tokens - 1]))])
+    return np.array(llama.scores[: llama.n_tokens])
+
+
+def load(path: Path, **options: object) -> spac.Llama:
+    return spac.Llama(path, **{"n_ctx": 512, "logits_all": True, "verbose": False, "n_threads": 2, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def reference(model_of: Callable[[str], Path]) -> Reference:
+    """Logits without paging, computed once for each set of options."""
+    known: dict[object, Logits] = {}
+
+    def compute(expert_type: str, **options: object) -> Logits:
+        key = (expert_type, *sorted(options.items()))
+        if key not in known:
+            llama = load(model_of(expert_type), paging="off", **options)
+            known[key] = evaluate(llama)
+            llama.close()
+        return known[key]
+
+    return compute
+
+
+def paged(path: Path, share: float, **options: object) -> tuple[Logits, ModelStats]:
+    """Logits and counters with that share of the experts as budget, from cold."""
+    llama = load(path, memory="8G", paging="on", **options)
+    info = llama.spac.info()
+    assert info is not None
+    control.check(control.spac_budget_set(max(info.floor_bytes, int(share * info.expert_page_bytes))))
+    try:
+        logits = evaluate(llama)
+        stats = llama.spac.stats()
+        assert stats is not None
+        assert stats.peak_bytes <= stats.budget_bytes
+        return logits, stats
+    finally:
+        llama.close()
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("expert_type", TYPES)
+def test_types_and_budgets(model_of: Callable[[str], Path], reference: Reference, expert_type: str, share: float) -> None:
+    path = model_of(expert_type)
+    found = {t.tensor_type.name for t in gguf.GGUFReader(path).tensors if "_exps" in t.name}
+    assert found == {expert_type}
+    logits, stats = paged(path, share)
+    assert np.array_equal(logits, reference(expert_type))
+    assert stats.misses > 0
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("store", ["buffered", "mmap"])
+def test_stores(model_of: Callable[[str], Path], reference: Reference, store: str, share: float) -> None:
+    logits, _ = paged(model_of("Q4_0"), share, store=store)
+    assert np.array_equal(logits, reference("Q4_0"))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25, 0.0])
+@pytest.mark.parametrize("n_ubatch", [1, 32, 512])
+def test_ubatches(model_of: Callable[[str], Path], reference: Reference, n_ubatch: int, share: float) -> None:
+    """Waves: below the working set of a ubatch, slices come and go within it."""
+    logits, stats = paged(model_of("Q4_K"), share, n_ubatch=n_ubatch)
+    assert np.array_equal(logits, reference("Q4_K", n_ubatch=n_ubatch))
+    if share < 1:
+        assert stats.evictions > 0
+        assert stats.rereads > 0
+
+
+@pytest.mark.parametrize("share", [0.25, 0.0])
+@pytest.mark.parametrize("n_threads", [1, 2, 4])
+def test_threads(model_of: Callable[[str], Path], reference: Reference, n_threads: int, share: float) -> None:
+    logits, _ = paged(model_of("Q4_0"), share, n_threads=n_threads)
+    assert np.array_equal(logits, reference("Q4_0", n_threads=n_threads))
+
+
+def test_split_files(model_path: Path, reference: Reference, tmp_path: Path) -> None:
+    """A model of several files is paged from all of them."""
+    split = inflate(model_path, tmp_path / "split.gguf", expert_type="Q4_0", factor=1, n_splits=3)
+    assert len(split.paths) == 3
+    logits, _ = paged(split.paths[0], 0.25)
+    assert np.array_equal(logits, reference("Q4_0"))
+
+
+def test_two_models_share_the_budget(model_of: Callable[[str], Path], reference: Reference) -> None:
+    """Two models, one budget for both: both exact, turn by turn."""
+    models = [load(model_of(t), memory="8G", paging="on") for t in ("Q4_0", "Q8_0")]
+    info = models[1].spac.info()
+    assert info is not None
+    control.check(control.spac_budget_set(info.expert_page_bytes // 4))
+    results = [evaluate(llama) for llama in models]
+    stats = models[0].spac.stats()
+    for llama in models:
+        llama.close()
+    assert np.array_equal(results[0], reference("Q4_0"))
+    assert np.array_equal(results[1], reference("Q8_0"))
+    assert stats is not None
+    assert stats.peak_bytes <= stats.budget_bytes
