@@ -5,8 +5,9 @@
     scripts/train_demo.py corpus   WORK            # text of Debian documentation packages (apt-get download)
     scripts/train_demo.py target   WORK            # byte-pair tokenizer, then the target; writes WORK/target.pt
     scripts/train_demo.py draft    WORK            # distilled from the target; writes WORK/draft.pt
-    scripts/train_demo.py export   WORK            # F16 GGUFs; scripts/quantize_demo makes the ones in models/ from them
     scripts/train_demo.py evaluate WORK            # held-out loss, LRU hit rates, draft acceptance, expert use: WORK/evaluation.json
+    scripts/train_demo.py export   WORK            # WORK/target.gguf (experts F16, the rest Q8_0) and WORK/draft.gguf (Q8_0)
+    scripts/inflate WORK/target.gguf models/spac-demo-moe.gguf --factor 1 --type Q4_0
 
 The architecture is what llama.cpp computes for these two names (src/models/qwen3moe.cpp, qwen3.cpp); this file knows nothing
 of paging. Experts are computed as batched matrix products over [expert, slot, channel], never in a loop over experts.
@@ -387,7 +388,8 @@ def train(work: Path, name: str, config: Config, minutes: float, batch_size: int
                 loss = F.kl_div(logits.float().log_softmax(-1), goal, log_target=True, reduction="sum") / batch[:, 1:].numel()
             extra = sum((e.balance for e in model.experts()), torch.zeros(()))
         optimizer.zero_grad(set_to_none=True)
-        (loss + balance * extra).backward()
+        weight = balance if share < 0.31 else 0.2 * balance  # at first no expert may die, later they may specialise
+        (loss + weight * extra).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
@@ -494,12 +496,12 @@ def write_vocabulary(writer: Any, tokenizer: Any, vocabulary: int) -> None:
 
 
 def export(work: Path, name: str) -> None:
-    """Writes WORK/NAME-f16.gguf: matrices F16, norms and routers F32."""
+    """Writes WORK/NAME.gguf: experts F16, other matrices Q8_0, norms and routers F32."""
     import gguf
 
     model = load(work, name)
     c = model.c
-    writer = gguf.GGUFWriter(work / f"{name}-f16.gguf", c.architecture)
+    writer = gguf.GGUFWriter(work / f"{name}.gguf", c.architecture)
     writer.add_name(f"spac demo {name}")
     writer.add_license("mixed: see the data card")
     writer.add_context_length(2048)
@@ -512,30 +514,33 @@ def export(work: Path, name: str) -> None:
     writer.add_value_length(c.head_width)
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_rope_freq_base(c.rope_base)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if c.n_experts else gguf.LlamaFileType.MOSTLY_Q8_0)
     if c.n_experts:
         writer.add_expert_count(c.n_experts)
         writer.add_expert_used_count(c.n_used)
         writer.add_expert_feed_forward_length(c.n_ff)
     write_vocabulary(writer, load_tokenizer(work, c.vocabulary), c.vocabulary)
 
-    def add(tensor: str, value: Tensor, kind: Any = np.float16) -> None:
-        writer.add_tensor(tensor + ".weight", value.detach().float().numpy().astype(kind))
+    kinds = gguf.GGMLQuantizationType
+
+    def add(tensor: str, value: Tensor, kind: gguf.GGMLQuantizationType = kinds.Q8_0) -> None:
+        data = gguf.quants.quantize(value.detach().float().contiguous().numpy(), kind)
+        writer.add_tensor(tensor + ".weight", data, raw_dtype=kind)
 
     add("token_embd", model.embedding)
-    add("output_norm", model.norm.weight, np.float32)
+    add("output_norm", model.norm.weight, kinds.F32)
     for i, block in enumerate(model.blocks):
         a, f, p = block.attention, block.ffn, f"blk.{i}."
-        add(p + "attn_norm", block.attention_norm.weight, np.float32)
-        add(p + "ffn_norm", block.ffn_norm.weight, np.float32)
-        add(p + "attn_q_norm", a.q_norm.weight, np.float32)
-        add(p + "attn_k_norm", a.k_norm.weight, np.float32)
+        add(p + "attn_norm", block.attention_norm.weight, kinds.F32)
+        add(p + "ffn_norm", block.ffn_norm.weight, kinds.F32)
+        add(p + "attn_q_norm", a.q_norm.weight, kinds.F32)
+        add(p + "attn_k_norm", a.k_norm.weight, kinds.F32)
         for part, layer in (("q", a.q), ("k", a.k), ("v", a.v), ("output", a.out)):
             add(f"{p}attn_{part}", layer.weight)
         if isinstance(f, Experts):
-            add(p + "ffn_gate_inp", f.router.weight, np.float32)
+            add(p + "ffn_gate_inp", f.router.weight, kinds.F32)
             for part in ("gate", "up", "down"):  # [expert, in, out] here, [expert, out, in] there
-                add(f"{p}ffn_{part}_exps", getattr(f, part).transpose(1, 2))
+                add(f"{p}ffn_{part}_exps", getattr(f, part).transpose(1, 2), kinds.F16)
         else:
             for part in ("gate", "up", "down"):
                 add(f"{p}ffn_{part}", getattr(f, part).weight)
@@ -549,7 +554,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["corpus", "target", "draft", "export", "evaluate"])
     parser.add_argument("work", type=Path)
-    parser.add_argument("--minutes", type=float, help="training time (default: 60 for the target, 15 for the draft)")
+    parser.add_argument("--minutes", type=float, help="training time (default: 80 for the target, 15 for the draft)")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the load-balance loss")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
@@ -558,7 +563,7 @@ def main() -> None:
     if arguments.step == "corpus":
         build_corpus(arguments.work)
     elif arguments.step == "target":
-        train(arguments.work, "target", TARGET, arguments.minutes or 60, 12, 1.2e-3, arguments.balance, None)
+        train(arguments.work, "target", TARGET, arguments.minutes or 80, 8, 1.2e-3, arguments.balance, None)
     elif arguments.step == "draft":
         train(arguments.work, "draft", DRAFT, arguments.minutes or 15, 24, 3e-3, 0.0, load(arguments.work, "target"))
     elif arguments.step == "export":

@@ -27,6 +27,7 @@ from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
 
 ABI_VERSION: Final = 1
 EVENT_MAX_EXPERTS: Final = 32
+IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
 OK: Final = 0
 E_ARGUMENT: Final = -1

@@ -6,6 +6,7 @@ file costs one clear error. Format: https://github.com/ggml-org/ggml/blob/master
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?
 _STRING: Final = 8
 _ARRAY: Final = 9
 
-# ggml_type -> (name, elements in a block, bytes of a block); type_traits in ggml/src/ggml.c
+# ggml_type -> (name, elements in a block, bytes of a block); type_traits in ggml/src/ggml.c, less what is never in files
 TENSOR_TYPES: Final[dict[int, tuple[str, int, int]]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -37,13 +38,11 @@ TENSOR_TYPES: Final[dict[int, tuple[str, int, int]]] = {
     6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 36),
     10: ("Q2_K", 256, 84),
     11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
     16: ("IQ2_XXS", 256, 66),
     17: ("IQ2_XS", 256, 74),
     18: ("IQ3_XXS", 256, 98),
@@ -128,7 +127,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
         except OSError as e:
             raise ModelFileError(f"{name}: cannot read the model file: {e.strerror}") from None
     finally:
-        if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError, AttributeError):  # a FIFO has no cache, macOS no such call
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what was read here would count in a memory cgroup
         os.close(fd)
 

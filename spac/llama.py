@@ -20,6 +20,7 @@ from spac.governor import Governor
 from spac.plan import VOCABULARY_FACTOR, Paging, Plan, Sizes, make_plan
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
 
+THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
 PAGINGS: Final = ("auto", "on", "off")
 
 _governor = Governor(
@@ -191,6 +192,7 @@ class Llama(llama_cpp.Llama):
             paged = plan.paged
             if paged and params.load_mode in (upstream.LLAMA_LOAD_MODE_MLOCK, upstream.LLAMA_LOAD_MODE_MMAP_MLOCK):
                 raise OptionError("use_mlock cannot be combined with paging")
+            memory.check_address_space(plan.sizes.total_bytes + THREAD_BYTES * (self.context_params.n_threads + control.IO_THREADS))
             if plan.direct_io:
                 params.load_mode = upstream.LLAMA_LOAD_MODE_DIRECT_IO
             need = plan.sizes.dense_bytes + plan.sizes.context_bytes + plan.sizes.compute_bytes + plan.sizes.vocabulary_bytes

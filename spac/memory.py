@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from spac.errors import OptionError
+from spac.errors import BudgetError, OptionError
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
@@ -179,6 +179,28 @@ def peak_resident_bytes() -> int:
 
     scale = 1 if sys.platform == "darwin" else KIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def check_address_space(need_bytes: int) -> None:
+    """llama.cpp aborts where an allocation fails, so ask before: is so much more address space allowed (`ulimit -v`)?
+
+    Raises:
+        BudgetError: it is not.
+    """
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE
+    except OSError:
+        used = 0
+    if used + need_bytes > limit:
+        raise BudgetError(
+            f"the address space of this process is limited to {format_bytes(limit)} (ulimit -v), about"
+            f" {format_bytes(used + need_bytes)} are needed; raise that limit, --memory bounds real memory"
+        )
 
 
 def drop_file_cache(*paths: str) -> None:

@@ -48,6 +48,12 @@ class Sizes:
     file_bytes: int
     floor_bytes: int
 
+    @property
+    def total_bytes(self) -> int:
+        """All of them at once: the address space that they take, paged or not."""
+        parts = (self.dense_bytes, self.expert_bytes, self.context_bytes, self.compute_bytes, self.staging_bytes, self.vocabulary_bytes)
+        return sum(parts)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+import spac
 from spac.cli import chat, inspect, run
 from spac.errors import SpacError
 
@@ -31,13 +32,17 @@ app.command("inspect")(inspect.inspect)
 _ClickException: Any = typer.BadParameter.__mro__[2]
 
 
-@app.callback()
-def _options(version: bool = typer.Option(False, "--version", help="Show the version and leave.")) -> None:
-    if version:
-        import spac
-
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(spac.__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version and leave."),
+) -> None:
+    """Run mixture-of-experts language models that are larger than memory."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
+    if not debug:
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort of llama.cpp would start a debugger
     try:
         code = app(args=arguments, prog_name="spac", standalone_mode=False)
         sys.stdout.flush()

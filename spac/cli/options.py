@@ -11,9 +11,14 @@ import typer
 
 from spac.cli import terminal
 from spac.errors import Cancelled
+from spac.memory import MIB, check_address_space
 
 if TYPE_CHECKING:
     from spac.llama import Llama
+
+
+# address space that Python's and our libraries take
+IMPORT_BYTES = 320 * MIB
 
 
 class Paging(StrEnum):
@@ -84,7 +89,9 @@ def load(options: LoadOptions) -> tuple[Llama, float]:
     """
     from spac.gguf_check import check_model
 
-    check_model(options.model)  # before anything heavy is imported
+    # before anything heavy is imported
+    check_model(options.model)
+    check_address_space(IMPORT_BYTES)
     begin = time.perf_counter()
     from spac.llama import Llama
 

@@ -1,0 +1,280 @@
+"""`spac run` and `spac inspect`: what is printed where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spac import control
+from tests.conftest import Result
+
+Cli = Callable[..., Result]
+
+PROMPT = "The open() system call"
+GREEDY = ("--temp", "0", "-n", "12", "--ctx", "512")
+JSON_KEYS = {
+    "text", "token_ids", "prompt_tokens", "completion_tokens", "load_s", "prefill_s", "decode_s", "prefill_tokens_per_s",
+    "decode_tokens_per_s", "memory_limit_bytes", "peak_rss_bytes", "cpu_s", "paging", "expert", "finish",
+}  # fmt: skip
+EXPERT_KEYS = {
+    "budget_bytes", "peak_bytes", "hits", "misses", "hit_rate", "bytes_read", "reads", "stall_s", "floor_bytes", "store",
+}  # fmt: skip
+
+
+def test_stdout_carries_the_answer_only(cli: Cli, model_path: Path) -> None:
+    result = cli("run", model_path, "-p", PROMPT, *GREEDY)
+    assert result.code == 0
+    assert result.out.strip()
+    assert result.err == ""
+    with_stats = cli("run", model_path, "-p", PROMPT, *GREEDY, "--stats")
+    assert with_stats.out == result.out
+    assert "decode" in with_stats.err
+    assert "peak" in with_stats.err
+
+
+def test_json_is_one_object_and_text_the_completion(cli: Cli, model_path: Path) -> None:
+    plain = cli("run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on")
+    result = cli("run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on", "--json")
+    report = json.loads(result.out)
+    assert result.err == ""
+    assert set(report) == JSON_KEYS
+    assert set(report["expert"]) == EXPERT_KEYS
+    assert report["paging"] == "on"
+    assert report["text"].strip() == plain.out.strip()
+    assert PROMPT not in report["text"]
+    assert len(report["token_ids"]) == report["completion_tokens"]
+    assert report["expert"]["peak_bytes"] <= report["expert"]["budget_bytes"]
+    assert report["peak_rss_bytes"] > 0
+    assert report["cpu_s"] > 0
+
+
+def test_paging_does_not_change_the_answer(cli: Cli, model_path: Path) -> None:
+    """Nor does the store, nor where the prompt comes from."""
+    answers = {
+        cli("run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on", "--store", store, "--threads", "2").out
+        for store in ("auto", "direct", "buffered", "mmap")
+    }
+    assert len(answers) == 1
+
+
+def test_prompts_from_a_file_and_from_stdin(cli: Cli, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT)
+    expected = cli("run", model_path, "-p", PROMPT, *GREEDY).out
+    assert cli("run", model_path, "-f", file, *GREEDY).out == expected
+    with file.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert cli("run", model_path, "-f", "-", *GREEDY).out == expected
+
+
+def test_a_seed_repeats_an_answer(cli: Cli, model_path: Path) -> None:
+    options = ("-n", "12", "--ctx", "512", "--temp", "1.5", "--top-k", "0", "--top-p", "1", "--min-p", "0")
+    first, second, other = (cli("run", model_path, "-p", PROMPT, *options, "--seed", seed).out for seed in (7, 7, 8))
+    assert first == second != other
+
+
+def test_a_dense_model_runs(cli: Cli, dense_path: Path) -> None:
+    report = json.loads(cli("run", dense_path, "-p", PROMPT, *GREEDY, "--json").out)
+    assert report["paging"] == "off"
+    assert report["expert"] is None
+
+
+def test_a_full_context_is_said(cli: Cli, model_path: Path) -> None:
+    result = cli("run", model_path, "-p", PROMPT, "--temp", "0.9", "--seed", "1", "--ctx", "256", "-n", "100000")
+    assert result.code == 0
+    assert result.err == "" or "the context of 256 tokens is full; raise --ctx" in result.err
+
+
+def test_inspect(cli: Cli, model_path: Path) -> None:
+    report = json.loads(cli("inspect", model_path, "--json").out)
+    assert report["architecture"] == "qwen3moe"
+    assert (report["layers"], report["experts"], report["experts_used"]) == (10, 32, 4)
+    assert report["expert_bytes"] == 10 * 32 * 3 * 256 * 256 * 18 // 32
+    assert report["bundle_bytes"] * 320 == report["expert_bytes"]
+    assert report["dense_bytes"] + report["expert_bytes"] < report["file_bytes"] == model_path.stat().st_size
+    text = cli("inspect", model_path).out
+    for word in ("qwen3moe", "32 in each of 10 layers, 4 used", "floor"):
+        assert word in text
+
+
+def test_inspect_a_dense_model(cli: Cli, dense_path: Path) -> None:
+    assert "nothing can be paged" in cli("inspect", dense_path).out
+    assert json.loads(cli("inspect", dense_path, "--json").out)["experts"] == 0
+
+
+# -- bad input --
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-p", "x", "--memory"], ["-p", "x", "--threads", "-1"], ["-p", "x", "--temp", "hot"], ["-p", "x", "--paging", "maybe"],
+     ["-p", "x", "--store", "tape"], ["-p", "x", "-f", "y"], [], ["-p", ""], ["-p", "x", "--max-tokens", "0"], ["-p", "x", "--nonsense"],
+     ["-p", "x", "--top-p", "2"], ["-p", "x", "--ubatch", "0"]],
+)  # fmt: skip
+def test_usage_errors(cli: Cli, model_path: Path, arguments: list[str]) -> None:
+    """Exit code 2 and one line."""
+    result = cli("run", model_path, *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert len(result.err.splitlines()) == 1
+    assert result.err.startswith("spac: ")
+    assert "--help" in result.err
+
+
+def test_help_and_nothing(cli: Cli) -> None:
+    assert cli("--help").code == 0
+    assert "MODEL" in cli("run", "--help").out
+    assert cli().code == 2
+    assert cli("dance").code == 2
+    assert cli("--version").out.strip().count(".") == 2
+
+
+@pytest.mark.parametrize("command", [["run", "-p", "x"], ["chat"], ["inspect"]])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("missing", "No such file"), ("folder", "is a directory"), ("empty", "is empty"), ("text", "not a GGUF"), ("cut", "incomplete")],
+)
+def test_files_that_are_no_models(cli: Cli, model_path: Path, tmp_path: Path, command: list[str], name: str, words: str) -> None:
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif name == "cut":
+        path.write_bytes(model_path.read_bytes()[:-4096])
+    elif name != "missing":
+        path.write_text("" if name == "empty" else "this is no model, but it is long enough to be one")
+    line = cli(command[0], path, *command[1:]).line
+    assert words in line
+    assert str(path) in line
+
+
+@pytest.mark.parametrize("memory", ["lots", "4X", "-1G", "0", "101%"])
+def test_memory_that_is_no_size(cli: Cli, model_path: Path, memory: str) -> None:
+    assert "memory" in cli("run", model_path, "-p", "x", f"--memory={memory}").line
+
+
+def test_a_budget_below_the_floor(cli: Cli, model_path: Path) -> None:
+    """Says what is needed, for what, and what to do."""
+    line = cli("run", model_path, "-p", "x", "--memory", "20M", "--ctx", "2048").line
+    for words in ("needs at least", "20 MiB given", "dense weights", "context of 2048 tokens", "compute", "expert floor", "raise --memory"):
+        assert words in line
+
+
+def test_a_prompt_that_does_not_fit(cli: Cli, model_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("word " * 5000)
+    assert "raise --ctx" in cli("run", model_path, "-f", file, "--ctx", "256").line
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in cli("run", model_path, "-f", file).line
+    assert "No such file" in cli("run", model_path, "-f", tmp_path / "none").line
+
+
+def test_direct_reads_refused(cli: Cli, model_path: Path) -> None:
+    """On tmpfs, which has no O_DIRECT before Linux 6.6, auto falls back and direct says so; where it has, both work."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        pytest.skip("no /dev/shm")
+    path = folder / f"spac-test-{os.getpid()}.gguf"
+    shutil.copy(model_path, path)
+    try:
+        fallen_back = json.loads(cli("run", path, "-p", PROMPT, *GREEDY, "--paging", "on", "--json").out)
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+        except OSError:
+            assert fallen_back["expert"]["store"] == "buffered"
+            assert "refuses direct I/O" in cli("run", path, "-p", PROMPT, *GREEDY, "--paging", "on", "--store", "direct").line
+        assert fallen_back["token_ids"] == json.loads(cli("run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on", "--json").out)["token_ids"]
+    finally:
+        path.unlink()
+
+
+def test_a_read_that_fails(cli: Cli, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line with file, offset and reason; nothing computed from absent weights is printed."""
+    begin = control.begin_load
+
+    def begin_and_fail(store: str, n_io_threads: int = 0) -> None:
+        begin(store, n_io_threads)
+
+    from spac import seam
+
+    check = control.check
+
+    def check_and_fail(code: int) -> int:
+        if code > 0:
+            control.spac_mock_fail_reads(code, 3, 1, 5)
+        return check(code)
+
+    monkeypatch.setattr(seam.control, "check", check_and_fail)
+    monkeypatch.setattr(seam.control, "begin_load", begin_and_fail)
+    line = cli("run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on", "--store", "mock").line
+    assert "Input/output error" in line
+    assert "offset" in line
+    assert str(model_path) in line
+
+
+# -- limits and signals: in processes of their own --
+
+
+def spawn(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "spac", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_few_files_may_be_open(model_path: Path) -> None:
+    process = spawn("run", model_path, "-p", PROMPT, *GREEDY, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5)))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert "open files" in err.lower()
+
+
+def test_little_address_space(model_path: Path) -> None:
+    """At every amount: an answer, or one line. Never a traceback or a crash."""
+    seen = set()
+    for mib in (100, 300, 450, 700, 2000):
+        n_bytes = mib << 20
+        process = spawn(
+            "run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on", "--memory", "1G",
+            preexec_fn=lambda n=n_bytes: resource.setrlimit(resource.RLIMIT_AS, (n, n)),
+        )  # fmt: skip
+        out, err = process.communicate(timeout=120)
+        seen.add(process.returncode)
+        assert process.returncode in (0, 1), (mib, err)
+        assert (len(err.splitlines()) == 1) == (process.returncode == 1), (mib, err)
+        assert "Traceback" not in err
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("delay_s", [0.02, 0.1, 0.25, 0.5, 0.8, 1.1, 1.5, 2.5])
+def test_interrupted_at_any_moment(model_path: Path, delay_s: float) -> None:
+    """Ctrl-C while Python starts, loads, reads the prompt or answers: exit code 130, or by the signal itself, and no traceback."""
+    process = spawn("run", model_path, "-p", "all of it again " * 100, "-n", "100000", "--ctx", "2048", "--temp", "0", "--paging", "on",
+                    "--memory", "120M")  # fmt: skip
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    if delay_s >= 0.25:  # before, Python itself is not up
+        assert process.returncode in (130, 0)
+        assert "Traceback" not in err, err
+
+
+def test_a_reader_that_leaves(model_path: Path) -> None:
+    """`spac run ... | head -c1`: no complaint."""
+    process = spawn("run", model_path, "-p", PROMPT, "-n", "200", "--temp", "0")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) in (0, 1)
+    assert process.stderr.read() == ""

@@ -1,0 +1,58 @@
+"""What the tests share: the bundled models, and the command line called as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import spac  # noqa: F401 - before any test imports llama_cpp: it says where the libraries are
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The demo model: qwen3moe, 10 layers of 32 experts, 4 used."""
+    return MODELS / "spac-demo-moe.gguf"
+
+
+@pytest.fixture(scope="session")
+def dense_path() -> Path:
+    """The demo draft: dense, the same tokenizer."""
+    return MODELS / "spac-demo-draft.gguf"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command line left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def line(self) -> str:
+        """The one line on stderr that explains exit code 1; anything else fails the test."""
+        assert self.code == 1, self
+        assert self.out == "", self
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("spac: "), self.err
+        return lines[0]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """`cli("run", path, "-p", "x")`: as the command line would, in this process; native output is caught too."""
+    from spac.cli import _run
+
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        code = _run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return Result(code, out, err)
+
+    return call

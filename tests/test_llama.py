@@ -1,0 +1,416 @@
+"""`spac.Llama` behaves as `llama_cpp.Llama` does, paged or not; and failing, stopping and closing leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+
+import spac
+from spac import control, memory
+
+PROMPT = "The open() system call"
+OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "n_threads": 2, "seed": 1}
+
+
+def load(path: Path, **options: Any) -> spac.Llama:
+    return spac.Llama(path, **{"memory": "4G", "paging": "on", **OPTIONS, **options})
+
+
+def set_budget(llama: spac.Llama, share: float) -> int:
+    """A budget for experts as a share of all, at least the floor."""
+    info = llama.spac.info()
+    assert info is not None
+    budget = max(info.floor_bytes, int(share * info.expert_page_bytes))
+    control.check(control.spac_budget_set(budget))
+    return budget
+
+
+@pytest.fixture
+def llama(model_path: Path) -> Iterator[spac.Llama]:
+    """The demo model, paged, with a quarter of its experts as budget."""
+    result = load(model_path)
+    set_budget(result, 0.25)
+    yield result
+    result.close()
+
+
+def ids(llama: Any, n: int = 16, text: str = PROMPT) -> list[int]:
+    """Greedy tokens after a text, from an empty context."""
+    llama.reset()
+    tokens = llama.tokenize(text.encode())
+    return [token for token, _ in zip(llama.generate(tokens, temp=0.0, top_k=1), range(n), strict=False)]
+
+
+# -- the same as llama_cpp.Llama --
+
+
+def test_text_is_that_of_stock(model_path: Path, llama: spac.Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stock class of the same library, unpaged and not repacked, writes the same tokens."""
+    import llama_cpp.llama_cpp as upstream
+
+    defaults = upstream.llama_model_default_params
+
+    def without_repacking() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    expected_class = llama_cpp.Llama
+    with monkeypatch.context() as patch:
+        patch.setattr(upstream, "llama_model_default_params", without_repacking)
+        stock = expected_class(str(model_path), flash_attn=True, n_threads_batch=2, **OPTIONS)
+    expected = ids(stock)
+    stock.close()
+    assert ids(llama) == expected
+
+
+def test_completions_stream_and_chat(llama: spac.Llama) -> None:
+    """The high-level calls of llama-cpp-python work unchanged."""
+    whole = llama(PROMPT, max_tokens=12, temperature=0)
+    pieces = list(llama(PROMPT, max_tokens=12, temperature=0, stream=True))
+    assert "".join(p["choices"][0]["text"] for p in pieces) == whole["choices"][0]["text"]
+    assert whole["usage"]["prompt_tokens"] == len(llama.tokenize(PROMPT.encode()))
+    chat = llama.create_chat_completion([{"role": "user", "content": "What is ls?"}], max_tokens=8)
+    assert chat["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_state_goes_round(llama: spac.Llama) -> None:
+    """save_state and load_state continue a paged model where it was."""
+    llama.eval(llama.tokenize(PROMPT.encode()))
+    token = llama.sample(temp=0.0)
+    state = llama.save_state()
+    results = []
+    for _ in range(2):
+        llama.load_state(state)
+        llama.eval([token])
+        results.append(logits_at(llama, -1).copy())
+    assert np.array_equal(*results)
+
+
+def test_pickle_keeps_the_arguments(llama: spac.Llama) -> None:
+    copy = pickle.loads(pickle.dumps(llama))
+    try:
+        assert copy.spac.paged
+        assert ids(copy, 8) == ids(llama, 8)
+    finally:
+        copy.close()
+
+
+def test_embeddings(model_path: Path) -> None:
+    llama = load(model_path, embedding=True)
+    vector = np.array(llama.embed(PROMPT))
+    llama.close()
+    assert np.isfinite(vector).all()
+
+
+# -- when to page --
+
+
+def test_what_fits_is_loaded_as_stock_does(model_path: Path) -> None:
+    llama = spac.Llama(model_path, memory="4G", **OPTIONS)
+    assert not llama.spac.paged
+    assert llama.spac.stats() is None
+    llama.close()
+
+
+def test_a_dense_model_is_loaded_as_stock_does(dense_path: Path) -> None:
+    llama = load(dense_path)
+    assert not llama.spac.paged
+    assert len(ids(llama, 4)) == 4
+    llama.close()
+
+
+def test_a_small_limit_pages(model_path: Path) -> None:
+    """With less memory than the model needs, experts are paged and the limit holds."""
+    limit = memory.resident_bytes() + 60 * 2**20
+    with contextlib.closing(spac.Llama(model_path, memory=limit, **OPTIONS)) as llama:
+        stats, info = llama.spac.stats(), llama.spac.info()
+        assert stats is not None
+        assert info is not None
+        assert info.floor_bytes <= stats.budget_bytes < info.expert_page_bytes
+
+
+# -- counters and events --
+
+
+def test_counters_add_up(llama: spac.Llama) -> None:
+    budget = set_budget(llama, 0.25)
+    ids(llama, 20)
+    stats = llama.spac.stats()
+    assert stats is not None
+    layers = llama.spac.stats_by_layer()
+    assert [layer.layer for layer in layers] == list(range(10))
+    assert sum(layer.hits for layer in layers) == stats.hits > 0
+    assert sum(layer.misses for layer in layers) == stats.misses > 0
+    assert stats.used_bytes <= stats.peak_bytes <= budget
+    assert stats.bytes_read >= stats.reads * 4096
+    assert stats.reads > stats.evictions > 0
+    assert 0 < stats.hit_rate < 1
+
+
+def test_events_tell_every_tokens_routing(llama: spac.Llama) -> None:
+    """One event for each token and layer, with the router's choices and whether they were in memory."""
+    tokens = llama.tokenize(PROMPT.encode())
+    llama.eval(tokens)
+    events = llama.spac.events()
+    stats = llama.spac.stats()
+    assert stats is not None
+    assert stats.events == len(events) == len(tokens) * 9 + 1  # the last layer computes the last token only
+    assert {event.token for event in events} == set(range(len(tokens)))
+    assert all(len(set(event.experts)) == 4 for event in events)
+    assert not any(any(event.hits) for event in events)  # all cold
+    llama.eval([tokens[0]])
+    later = llama.spac.events(stats.events)
+    assert [event.layer for event in later] == list(range(10))
+    assert later[0].sequence == stats.events
+
+
+def test_evict_all_makes_cold(llama: spac.Llama) -> None:
+    ids(llama, 4)
+    assert llama.spac.evict_all() > 0
+    stats = llama.spac.stats()
+    assert stats is not None
+    assert stats.model_used_bytes == 0
+
+
+# -- several of everything --
+
+
+def test_parallel_sequences(llama: spac.Llama) -> None:
+    """A batch with tokens of two sequences gives each what it gets alone."""
+    from llama_cpp import llama_cpp as upstream
+
+    texts = [llama.tokenize(t.encode())[:6] for t in (PROMPT, "Return the name of the file that")]
+    n = min(len(t) for t in texts)
+    alone = []
+    for tokens in texts:
+        llama.reset()
+        llama._ctx.kv_cache_clear()
+        llama.eval(tokens[:n])
+        alone.append(int(np.argmax(logits_at(llama, -1))))
+    params = upstream.llama_context_default_params()
+    params.n_ctx, params.n_seq_max, params.n_threads, params.n_threads_batch = 256, 2, 2, 2
+    context = upstream.llama_init_from_model(llama._model.model, params)  # no context of libspac: the model's own is used
+    batch = upstream.llama_batch_init(2 * n, 0, 2)
+    batch.n_tokens = 2 * n
+    for i in range(n):
+        for sequence, tokens in enumerate(texts):
+            j = 2 * i + sequence
+            batch.token[j], batch.pos[j], batch.n_seq_id[j], batch.logits[j] = tokens[i], i, 1, i == n - 1
+            batch.seq_id[j][0] = sequence
+    assert upstream.llama_decode(context, batch) == 0
+    n_vocab = llama.n_vocab()
+    together = [int(np.argmax(np.ctypeslib.as_array(upstream.llama_get_logits_ith(context, 2 * (n - 1) + s), (n_vocab,)))) for s in (0, 1)]
+    upstream.llama_batch_free(batch)
+    upstream.llama_free(context)
+    assert together == alone
+
+
+def logits_at(llama: spac.Llama, index: int) -> Any:
+    from llama_cpp import llama_cpp as upstream
+
+    return np.ctypeslib.as_array(upstream.llama_get_logits_ith(llama._ctx.ctx, index), (llama.n_vocab(),))
+
+
+def test_two_models_at_a_time_in_two_threads(model_path: Path, llama: spac.Llama) -> None:
+    """Both decode at once under one budget and write what they write alone."""
+    other = load(model_path)
+    budget = set_budget(llama, 0.12)
+    expected = ids(llama, 24)
+    results: dict[int, list[int]] = {}
+
+    def work(number: int, which: spac.Llama) -> None:
+        results[number] = ids(which, 24)
+
+    threads = [threading.Thread(target=work, args=(i, which)) for i, which in enumerate((llama, other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats = llama.spac.stats()
+    other.close()
+    assert results == {0: expected, 1: expected}
+    assert stats is not None
+    assert stats.peak_bytes <= budget
+
+
+def test_closing_twice_and_using_what_is_closed(model_path: Path) -> None:
+    llama = load(model_path)
+    llama.close()
+    llama.close()
+    assert not llama.spac.paged
+    assert llama.spac.stats() is None
+    llama.spac.cancel()  # nothing to stop
+
+
+# -- what goes wrong --
+
+
+def test_a_failing_read_is_an_error_then_all_is_well(model_path: Path) -> None:
+    llama = load(model_path, store="mock")
+    set_budget(llama, 0.25)
+    expected = ids(llama, 8)
+    llama.spac.evict_all()
+    control.check(control.spac_mock_fail_reads(llama.spac.model_id, 5, 1, errno.EIO))
+    with pytest.raises(spac.ExpertReadError) as caught:
+        ids(llama, 8)
+    error = caught.value
+    assert error.path == str(model_path)
+    assert error.errno == errno.EIO
+    assert 0 < error.offset < model_path.stat().st_size
+    assert error.length > 0
+    assert "Input/output error" in str(error)
+    assert ids(llama, 8) == expected
+    stats = llama.spac.stats()
+    assert stats is not None
+    assert stats.read_errors == 1
+    llama.close()
+
+
+def test_a_failed_decode_can_be_continued(model_path: Path) -> None:
+    """What was in the context before the failed token still is: the next try gives the right token."""
+    llama = load(model_path, store="mock")
+    set_budget(llama, 0.0)
+    tokens = llama.tokenize(PROMPT.encode())
+    expected = ids(llama, 3)
+    llama.reset()
+    llama.eval(tokens)
+    control.check(control.spac_mock_fail_reads(llama.spac.model_id, 0, 1, errno.EIO))
+    with pytest.raises(spac.ExpertReadError):
+        llama.eval(expected[:1])
+    assert llama.n_tokens == len(tokens)
+    llama.eval(expected[:1])
+    assert llama.sample(temp=0.0) == expected[1]
+    llama.close()
+
+
+@pytest.mark.parametrize("how", ["truncated", "replaced", "touched"])
+def test_a_file_that_changes_is_noticed(model_path: Path, tmp_path: Path, how: str) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(model_path, path)
+    llama = load(path)
+    set_budget(llama, 0.0)
+    ids(llama, 2)
+    if how == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "replaced":
+        shutil.copy(model_path, tmp_path / "new.gguf")
+        (tmp_path / "new.gguf").replace(path)
+    else:
+        os.utime(path)
+    with pytest.raises(spac.ModelChangedError, match="changed while in use"):
+        ids(llama, 8)
+    llama.close()
+
+
+def test_cancel_stops_a_decode(model_path: Path) -> None:
+    """cancel() from another thread ends a long prefill; the model is usable afterwards."""
+    llama = load(model_path)
+    set_budget(llama, 0.0)
+    expected = ids(llama, 4)
+    tokens = (llama.tokenize(b"and so on, over and over again: ") * 60)[:500]
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            llama.reset()
+            llama.eval(tokens)
+        except BaseException as error:
+            raised.append(error)
+
+    before = llama.spac.stats()
+    assert before is not None
+    thread = threading.Thread(target=work)
+    thread.start()
+    while (now := llama.spac.stats()) is not None and now.ubatches == before.ubatches and thread.is_alive():
+        pass  # until its first layer has begun
+    llama.spac.cancel()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert [type(error) for error in raised] == [spac.Cancelled]
+    assert ids(llama, 4) == expected
+    llama.close()
+
+
+def test_a_prompt_longer_than_the_context(llama: spac.Llama) -> None:
+    with pytest.raises(spac.DecodeError, match="do not fit into the context of 512"):
+        llama.eval([300] * 513)
+
+
+def test_the_budget_cannot_go_below_the_floor(llama: spac.Llama) -> None:
+    with pytest.raises(spac.BudgetError, match="floor"):
+        control.check(control.spac_budget_set(4096))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"memory": "lots"}, "not a size"), ({"paging": "maybe"}, "auto, on or off"), ({"store": "tape"}, "direct, buffered or mmap"),
+     ({"n_ctx": -5}, "n_ctx"), ({"n_ubatch": 0}, "n_ubatch"), ({"use_mlock": True}, "use_mlock")],
+)  # fmt: skip
+def test_arguments_without_meaning(model_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(spac.OptionError, match=words):
+        load(model_path, **options)
+
+
+# -- the process --
+
+
+def run_python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def test_leaving_in_the_middle_of_a_decode(model_path: Path) -> None:
+    """The interpreter ends while another thread decodes and reads: the process leaves, cleanly and soon."""
+    code = """
+import sys, threading, spac
+from spac import control
+llama = spac.Llama(sys.argv[1], memory="4G", paging="on", n_ctx=512, verbose=False)
+control.check(control.spac_budget_set(llama.spac.info().floor_bytes))
+def work():
+    try:
+        while True:
+            llama.reset()
+            llama.eval([300] * 400)
+    except spac.Cancelled:
+        pass
+threading.Thread(target=work, daemon=True).start()
+while llama.spac.stats().reads < 20: pass
+"""
+    result = run_python(code, model_path)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_importing_llama_cpp_first_is_refused(tmp_path: Path) -> None:
+    """With other libraries already loaded, one clear error."""
+    code = """
+import sys, types
+fake = types.ModuleType("llama_cpp.llama_cpp"); fake._base_path = sys.argv[1]
+sys.modules["llama_cpp.llama_cpp"] = fake
+import spac
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")}
+    result = run_python(code, tmp_path, env=environment)
+    assert result.returncode == 1
+    assert "LibraryError: llama_cpp was already imported" in result.stderr
+    assert "import spac before llama_cpp" in result.stderr
+
+
+def test_import_sets_the_library_paths() -> None:
+    code = "import os, spac; print(os.environ['LLAMA_CPP_LIB_PATH'] == str(spac.library_folder) == os.environ['MTMD_CPP_LIB'])"
+    environment = {k: v for k, v in os.environ.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")}
+    assert run_python(code, env=environment).stdout == "True\n"

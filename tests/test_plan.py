@@ -1,0 +1,118 @@
+"""The memory plan, as arithmetic; and the governor that keeps to it, on made-up figures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from spac.errors import BudgetError
+from spac.governor import Governor
+from spac.memory import GIB, MIB
+from spac.plan import Sizes, make_plan, reserve_bytes
+
+SIZES = Sizes(
+    dense_bytes=1100 * MIB, expert_bytes=16 * GIB, context_bytes=400 * MIB, compute_bytes=200 * MIB, staging_bytes=100 * MIB,
+    vocabulary_bytes=20 * MIB, file_bytes=17 * GIB, floor_bytes=100 * MIB,
+)  # fmt: skip
+BASE = 80 * MIB
+
+
+def test_experts_get_what_is_left() -> None:
+    plan = make_plan(4 * GIB, BASE, SIZES, paging="auto", n_ctx=8192)
+    assert plan.paged
+    assert plan.direct_io
+    assert plan.expert_budget_bytes == 4 * GIB - (1100 + 400 + 200 + 20) * MIB - BASE - reserve_bytes(4 * GIB)
+
+
+def test_what_fits_is_not_paged() -> None:
+    assert not make_plan(24 * GIB, BASE, SIZES, paging="auto", n_ctx=8192).paged
+    assert make_plan(24 * GIB, BASE, SIZES, paging="on", n_ctx=8192).paged
+
+
+def test_mapped_weights_only_where_a_second_copy_fits() -> None:
+    """Repacked weights stand in memory beside the mapping that they came from."""
+    assert make_plan(24 * GIB, BASE, SIZES, paging="auto", n_ctx=8192).direct_io
+    assert not make_plan(64 * GIB, BASE, SIZES, paging="auto", n_ctx=8192).direct_io
+
+
+def test_off_asks_for_nothing() -> None:
+    plan = make_plan(1, BASE, SIZES, paging="off", n_ctx=8192)
+    assert not plan.paged
+    assert not plan.direct_io
+
+
+def test_a_dense_model_is_never_paged() -> None:
+    dense = dataclasses.replace(SIZES, expert_bytes=0, floor_bytes=0)
+    assert not make_plan(4 * GIB, BASE, dense, paging="on", n_ctx=8192).paged
+
+
+def test_what_cannot_be_met_says_what_would() -> None:
+    with pytest.raises(BudgetError) as caught:
+        make_plan(GIB, BASE, SIZES, paging="auto", n_ctx=8192)
+    text = str(caught.value)
+    for part in ("at least 1.88 GiB", "1 GiB given", "dense weights 1.07 GiB", "context of 8192 tokens 400 MiB", "compute 200 MiB",
+                 "expert floor 100 MiB", "lower --ctx or --ubatch, or raise --memory"):  # fmt: skip
+        assert part in text
+
+
+def test_the_named_amount_is_enough_and_no_more() -> None:
+    """Planning with just what the message asks for works, with one page less it does not."""
+    low, high = GIB, 4 * GIB
+    while high - low > 4096:
+        middle = (low + high) // 2
+        try:
+            make_plan(middle, BASE, SIZES, paging="auto", n_ctx=8192)
+            high = middle
+        except BudgetError:
+            low = middle
+    assert make_plan(high, BASE, SIZES, paging="auto", n_ctx=8192).expert_budget_bytes - SIZES.floor_bytes < 8192
+
+
+class Process:
+    """A made-up process: what is resident, and what experts take of it."""
+
+    def __init__(self) -> None:
+        self.rest, self.experts, self.budget = 500 * MIB, 0, 0
+        self.governor = Governor(self.set_budget, lambda: self.experts, lambda: self.rest + self.experts)
+
+    def set_budget(self, n: int) -> None:
+        self.budget, self.experts = n, min(self.experts, n)
+
+
+def test_budget_is_the_limit_less_the_rest() -> None:
+    process = Process()
+    member = process.governor.admit(2 * GIB, 50 * MIB, 400 * MIB)
+    process.rest += 300 * MIB
+    budget = process.governor.settle(member, 50 * MIB, 100 * MIB)
+    assert budget == process.budget == 2 * GIB - 800 * MIB - 100 * MIB - reserve_bytes(2 * GIB)
+
+
+def test_budget_shrinks_when_the_rest_grows_and_never_below_the_floor() -> None:
+    process = Process()
+    member = process.governor.admit(2 * GIB, 50 * MIB, 0)
+    before = process.governor.settle(member, 50 * MIB, 0)
+    process.rest += 200 * MIB
+    process.governor.check()
+    assert before - 200 * MIB <= process.budget < before - 150 * MIB
+    process.rest = 3 * GIB
+    process.governor.check()
+    assert process.budget == 50 * MIB
+
+
+def test_the_tightest_limit_of_two_models_rules_and_room_comes_back() -> None:
+    process = Process()
+    first = process.governor.admit(4 * GIB, 50 * MIB, 0)
+    alone = process.governor.settle(first, 50 * MIB, 0)
+    second = process.governor.admit(2 * GIB, 60 * MIB, 0)
+    together = process.governor.settle(second, 60 * MIB, 0)
+    assert together == 2 * GIB - 500 * MIB - reserve_bytes(2 * GIB)
+    process.governor.release(second)
+    assert process.budget == alone
+
+
+def test_too_little_left_after_the_load_says_how_much() -> None:
+    process = Process()
+    member = process.governor.admit(600 * MIB, 100 * MIB, 0)
+    with pytest.raises(BudgetError, match="raise --memory by"):
+        process.governor.settle(member, 100 * MIB, 0)
