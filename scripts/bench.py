@@ -93,9 +93,11 @@ def bigmoe(binary: Path, model: Path, row: Row, memory: int, threads: int) -> Co
     cache = (memory - (facts.file_bytes - facts.expert_bytes) - 45 * 2**20) // 2**20
     return Contender(
         "BigMoeOnEdge",
-        [str(binary), "-m", str(model), "-p", PROMPT, "-n", str(row.tokens), "-t", str(threads), "--temp", "0", "--moe-stream",
+        [str(binary), "-m", str(model), "-p", PROMPT, "-n", str(row.tokens), "-t", str(threads), "-c", "1024", "--temp", "0", "--moe-stream",
          "--overlap", "--dense-weights", "anon", "--io-threads", "8", "--cache-mb", str(cache), "--force-cache", "--ubatch", "64"],
-        pattern={"decode_tokens_per_s": r"([\d.]+) tok/s"},
+        {"OMP_WAIT_POLICY": "passive"},  # else OpenMP's spinning starves its reading threads, and it is slower
+        {"decode_tokens_per_s": r"^generation: \d+ tokens, [\d.]+ s/token \(([\d.]+) tok/s\)",
+         "prefill_tokens_per_s": r"^prefill: \d+ tokens, [\d.]+ s \(([\d.]+) tok/s\)"},
     )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def run(contender: Contender, row: Row, memory: int | None, model: Path) -> dict
         record["error"] = result.stderr.strip().splitlines()[-1:] or ["timed out or killed"]
     elif contender.pattern:
         for key, pattern in contender.pattern.items():
-            match = re.findall(pattern, result.stdout + result.stderr)
+            match = re.findall(pattern, result.stdout + result.stderr, re.MULTILINE)
             record[key] = float(match[-1]) if match else None
     else:
         record.update(json.loads(result.stdout.strip().splitlines()[-1]))

@@ -8,6 +8,8 @@
     scripts/train_demo.py evaluate WORK            # held-out loss, LRU hit rates, draft acceptance, expert use: WORK/evaluation.json
     scripts/train_demo.py export   WORK            # WORK/target.gguf (experts F16, the rest Q8_0) and WORK/draft.gguf (Q8_0)
     scripts/inflate WORK/target.gguf models/spac-demo-moe.gguf --factor 1 --type Q4_0
+    cp WORK/draft.gguf models/spac-demo-draft.gguf
+    scripts/train_demo.py card     WORK            # models/README.md and models/training.json: what was trained on what, and how well
 
 The architecture is what llama.cpp computes for these two names (src/models/qwen3moe.cpp, qwen3.cpp); this file knows nothing
 of paging. Experts are computed as batched matrix products over [expert, slot, channel], never in a loop over experts.
@@ -550,9 +552,89 @@ def export(work: Path, name: str) -> None:
     writer.close()
 
 
+# -- data card --------------------------------------------------------------------------------------------------------
+
+CARD = """# The demo models
+
+`spac-demo-moe.gguf` is a small mixture of experts (`qwen3moe`: {layers} layers, {experts} experts, {used} used, width {width}, expert width
+{n_ff}, vocabulary {vocabulary}; experts Q4_0, the rest Q8_0), `spac-demo-draft.gguf` a dense draft for it (`qwen3`, {draft_layers} layers, Q8_0).
+They exist so that everything in this repository can be tried and measured without a download: they know the style of Linux documentation
+and little else. Written by `scripts/train_demo.py card`; all figures are in `training.json`.
+
+## Text
+
+Documentation packages of Debian 12, as `apt-get download` gave them on the day of training; characters by package:
+
+{packages}
+
+{n_train} documents for training, {n_held_out} never seen (chosen by a hash of their path), and {n_chats} questions and answers made from manual
+pages' NAME lines and Python's function descriptions. Each package keeps its own licence: GPL, PSF, Artistic, PostgreSQL, Vim.
+
+## Training
+
+Seed {seed}; one core; AdamW. The target: {steps} steps of {batch} x {sequence} tokens, peak rate {rate}, load-balance loss (Switch Transformer,
+arXiv 2101.03961) and a small reward for neighbouring tokens that choose the same experts, which stands in for the locality that larger models
+learn by themselves; their weights by time are in `training.json`. The draft: distilled from the target (KL divergence on the same text),
+{draft_steps} steps.
+
+| minutes | target, held-out loss | LRU hit rate | draft, held-out loss |
+|---|---|---|---|
+{curve}
+
+## What makes it a fair stand-in
+
+On text that it never saw (greedy, 32 pieces of 256 tokens, one LRU cache of 25 % of the experts for each layer, one cold start):
+
+| figure | value | real models |
+|---|---|---|
+| LRU hit rate at 25 %, mean of layers | {lru:.3f} | 0.47 (DeepSeek-V2-Lite) to 0.69 (gpt-oss-20b) |
+| by layer | {lru_layers} | |
+| experts shared with the token before | {shared:.3f} | 0.35 to 0.43 (Qwen3.6, Qwen3-30B) |
+| draft accepted, greedy | {accepted:.3f} | 0.5 to 0.8 |
+| loss by token, target and draft | {target_loss:.3f}, {draft_loss:.3f} | |
+
+Use of experts by layer on that text, most used to least, each column an expert (full block: {top:.1%} of the uses; {even:.1%} would be even):
+
+```
+{histogram}
+```
+"""
+
+
+def card(work: Path) -> None:
+    """Writes models/README.md and models/training.json from what the other steps left in WORK."""
+    parts = {name: json.loads((work / f"{name}.json").read_text()) for name in ("corpus", "target", "draft", "evaluation")}
+    corpus, target, draft, evaluation = parts.values()
+    use = np.array(evaluation["expert_use_by_layer"], dtype=float)
+    use = -np.sort(-use / use.sum(1, keepdims=True), axis=1)
+    blocks = " ▁▂▃▄▅▆▇█"
+    histogram = [f"{i:2d} " + "".join(blocks[max(1, round(8 * share / use.max()))] for share in layer) for i, layer in enumerate(use)]
+    every = max(1, len(target["loss_curve"]) // 12)
+    hit_rates = [(e["seconds"], e["lru_hit_rate"]) for e in target["loss_curve"] if "lru_hit_rate" in e]
+    curve = []
+    for entry in target["loss_curve"][::every]:
+        hit = min(hit_rates, key=lambda pair: abs(pair[0] - entry["seconds"]))[1]
+        same = min(draft["loss_curve"], key=lambda e: abs(e["seconds"] - entry["seconds"] * draft["minutes"] / target["minutes"]))
+        curve.append(f"| {entry['seconds'] / 60:.0f} ({same['seconds'] / 60:.0f}) | {entry['held_out']:.3f} | {hit:.3f} | {same['held_out']:.3f} |")
+    c, rates = target["config"], evaluation["lru_hit_rate_at_25_percent"]
+    text = CARD.format(
+        layers=c["n_layers"], experts=c["n_experts"], used=c["n_used"], width=c["width"], n_ff=c["n_ff"], vocabulary=c["vocabulary"],
+        draft_layers=draft["config"]["n_layers"], packages="\n".join(f"- {k}: {v:,}" for k, v in corpus["characters_by_package"].items()),
+        n_train=corpus["documents"]["train"], n_held_out=corpus["documents"]["held_out"], n_chats=corpus["chat_samples"], seed=SEED,
+        steps=target["steps"], batch=target["batch"], sequence=c["sequence"], rate=target["peak_rate"], draft_steps=draft["steps"],
+        curve="\n".join(curve), lru=rates["mean"], lru_layers=", ".join(f"{r:.2f}" for r in rates["by_layer"]),
+        shared=evaluation["experts_shared_with_the_token_before"], accepted=evaluation["draft_greedy_agreement"],
+        target_loss=evaluation["held_out_loss"]["target"], draft_loss=evaluation["held_out_loss"]["draft"], top=use.max(),
+        even=1 / c["n_experts"], histogram="\n".join(histogram),
+    )  # fmt: skip
+    models = Path(__file__).resolve().parent.parent / "models"
+    (models / "README.md").write_text(text)
+    (models / "training.json").write_text(json.dumps(parts, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["corpus", "target", "draft", "export", "evaluate"])
+    parser.add_argument("step", choices=["corpus", "target", "draft", "evaluate", "export", "card"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, help="training time (default: 80 for the target, 15 for the draft)")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the load-balance loss")
@@ -570,8 +652,10 @@ def main() -> None:
         for name in ("target", "draft"):
             if (arguments.work / f"{name}.pt").exists():
                 export(arguments.work, name)
-    else:
+    elif arguments.step == "evaluate":
         evaluate(arguments.work)
+    else:
+        card(arguments.work)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ struct spac_context {
     // guarded by the pager's mutex
     spac::Visit visit;
     int         last_group = 1 << 30;  // index of the group last visited: a smaller or equal one begins a ubatch
+    uint64_t    end_token  = 0;        // of the ubatch, exclusive
     double      clock      = 0;        // of the ubatch's first token that counts
 
     // The first error stays until it is taken.

@@ -45,15 +45,15 @@ void Pager::dequeue(PagedTensor & tensor, int expert) {
 
 Pager::Claim Pager::claim(const Job & job) const {
     const Op * op = job.tensor->slices[job.expert].op;
-    if (op && op->head < op->needed.size() && op->needed[op->head] == job.expert) {
+    if (is_head(*job.tensor, job.expert)) {
         return Claim::anything_idle;
     }
     const double ahead = job.rank - (op ? (double) op->head : 0);
     return job.deadline < prefetch_deadline && ahead < near_head ? Claim::not_upcoming : Claim::worth_less;
 }
 
-// Takes the first job that there is room for and makes the room. A demand without room does not hold up the demands of other
-// ops; a prefetch without room holds up the prefetches behind it, which want it less.
+// Takes the first job that there is room for and makes the room. One without room holds up none behind it: the order is by
+// deadline first, and what comes later may be worth more.
 bool Pager::take_job(Job & job) {
     Refusal refusal;
     for (const Job & candidate : queue_) {
@@ -64,7 +64,7 @@ bool Pager::take_job(Job & job) {
             const size_t bytes = job.tensor->own_page_bytes(job.expert);
             slice.op    = nullptr;
             slice.state = State::reading;
-            ++job.tensor->group->bundles[job.expert].n_present;
+            count_present(job.tensor->group->bundles[job.expert], 1);
             used_ += bytes;
             job.tensor->model->used_bytes += bytes;
             if (used_ > peak_) {
@@ -72,9 +72,6 @@ bool Pager::take_job(Job & job) {
             }
             notify_work();  // the next one for another thread
             return true;
-        }
-        if (candidate.deadline > 0) {
-            return false;
         }
     }
     return false;
@@ -138,15 +135,19 @@ void Pager::notify_work() {
 
 int Pager::prefetch(Model & model, const spac_bundle * bundles, int n) {
     Lock lock(mutex_);
+    if (std::none_of(models_.begin(), models_.end(), [&](const auto & m) { return m.get() == &model; })) {
+        return 0;
+    }
     const size_t before = queue_.size();
     for (int i = 0; i < n; ++i) {
         for (auto & group : model.groups) {
             const int e = bundles[i].expert;
-            if (group->layer != bundles[i].layer || e < 0 || e >= group->n_experts || !(bundles[i].utility > 0)) {
+            if (group->layer != bundles[i].layer || e < 0 || e >= group->n_experts || !(bundles[i].utility > 0) ||
+                !std::isfinite(bundles[i].utility)) {
                 continue;
             }
-            double & score = group->bundles[e].score;
-            score = std::max(score, Policy::worth(clock_, bundles[i].utility));
+            const double score = std::max(group->bundles[e].score, Policy::worth(clock_, bundles[i].utility));
+            rescore(group->bundles[e], score);
             for (PagedTensor * part : group->parts) {
                 enqueue(*part, e, prefetch_deadline + std::max(0, bundles[i].deadline), -score, nullptr);
             }
@@ -174,25 +175,35 @@ bool Pager::is_head(const PagedTensor & tensor, int expert) const {
     return false;
 }
 
+void Pager::rescore(Bundle & bundle, double score) {
+    if (bundle.n_present == 0) {
+        bundle.score = score;
+        return;
+    }
+    present_.erase(&bundle);
+    bundle.score = score;
+    present_.insert(&bundle);
+}
+
+void Pager::count_present(Bundle & bundle, int change) {
+    bundle.n_present += change;
+    if (bundle.n_present == 0) {
+        present_.erase(&bundle);
+    } else {
+        present_.insert(&bundle);
+    }
+}
+
 Pager::Victim Pager::cheapest() const {
-    Victim victim;
-    for (const auto & model : models_) {
-        for (const auto & group : model->groups) {
-            for (int e = 0; e < group->n_experts; ++e) {
-                const Bundle & bundle = group->bundles[e];
-                if (bundle.n_present == 0 || (victim.tensor && bundle.score >= victim.score)) {
-                    continue;
-                }
-                for (PagedTensor * part : group->parts) {
-                    if (e < part->n_experts && part->slices[e].upcoming == 0 && idle(*part, e)) {
-                        victim = { part, e, bundle.score };
-                        break;
-                    }
-                }
+    for (const Bundle * bundle : present_) {
+        for (PagedTensor * part : bundle->group->parts) {
+            const int e = bundle->expert;
+            if (e < part->n_experts && part->slices[e].upcoming == 0 && idle(*part, e) && !is_head(*part, e)) {
+                return { part, e, bundle->score };
             }
         }
     }
-    return victim;
+    return {};
 }
 
 // Slices that ops will still use, the latest use first: other tensors before the op's own, its own from the back.
@@ -265,7 +276,7 @@ void Pager::release(PagedTensor & tensor, int expert) {
     }
     used_ -= length;
     tensor.model->used_bytes -= length;
-    --tensor.group->bundles[expert].n_present;
+    count_present(tensor.group->bundles[expert], -1);
 }
 
 }  // namespace spac

@@ -30,6 +30,10 @@ void Model::arrange() {
         Group & group = *groups[i];
         group.index   = (int) i;
         group.bundles.resize(group.n_experts);
+        for (int expert = 0; expert < group.n_experts; ++expert) {
+            group.bundles[expert].group  = &group;
+            group.bundles[expert].expert = expert;
+        }
         n_experts = std::max(n_experts, group.n_experts);
         for (int expert = 0; expert < group.n_experts; ++expert) {
             uint64_t bytes = 0;
@@ -86,6 +90,7 @@ void Pager::remove_model(Model & model) {
         }
         contexts_.erase(&model.default_context);
         models_.erase(std::remove_if(models_.begin(), models_.end(), [&](const auto & m) { return m.get() == &model; }), models_.end());
+        notify_work();
         if (models_.empty()) {
             stopping_ = true;
             retired.swap(threads_);
@@ -110,11 +115,13 @@ void Pager::remove_context(spac_context * context) {
     Lock lock(mutex_);
     end_visit(*context);
     contexts_.erase(context);
+    notify_work();
 }
 
 int Pager::take_error(spac_context & context, spac_error & error) {
     Lock lock(mutex_);
     end_visit(context);
+    notify_work();
     return context.take(error);
 }
 
@@ -126,7 +133,8 @@ int Pager::set_budget(uint64_t bytes) {
         }
     }
     budget_ = bytes;
-    while (used_ > bytes) {
+    arrived_.notify_all();
+    while (used_ > budget_) {
         Victim victim = cheapest();
         if (!victim.tensor) {
             victim = spare_upcoming(nullptr);
@@ -149,6 +157,7 @@ int Pager::evict_all(Model & model) {
             }
         }
     }
+    notify_work();
     return n;
 }
 
@@ -264,7 +273,7 @@ bool Pager::begin_expert(Op & op, int expert) {
             arrived_.notify_all();
             break;
         }
-        if (state == State::absent) {  // another op's head took its place
+        if (state == State::absent || state == State::queued) {  // another op's head took its place
             enqueue(*op.tensor, expert, 0, (double) op.position[expert], &op);
             notify_work();
         }
@@ -332,7 +341,7 @@ void Pager::begin_visit(PagedTensor & tensor, spac_context & context, const std:
     visit.seen_parts = 0;
     visit.experts    = needed;
     visit.open.assign(group.parts.size() * (size_t) group.n_experts, 0);
-    count_uses(group, needed, routing);
+    count_uses(group, context.end_token, needed, routing);
     score_uses(group, context.clock, needed, routing);
     for (PagedTensor * part : group.parts) {
         for (int32_t e : needed) {
@@ -354,7 +363,7 @@ void Pager::begin_ubatch(Model & model, spac_context & context, const Routing & 
             context.stop(SPAC_E_CHANGED, 0, file->path, 0, 0);
         }
     }
-    model.tokens.fetch_add((uint64_t) routing.n_tokens, std::memory_order_relaxed);
+    context.end_token = model.tokens.fetch_add((uint64_t) routing.n_tokens, std::memory_order_relaxed) + (uint64_t) routing.n_tokens;
     model.ubatches.fetch_add(1, std::memory_order_relaxed);
     context.clock = clock_;
     clock_ += (double) std::min<int64_t>(routing.n_tokens, Policy::ubatch_tokens);
@@ -362,20 +371,20 @@ void Pager::begin_ubatch(Model & model, spac_context & context, const Routing & 
 
 void Pager::score_uses(Group & group, double clock, const std::vector<int32_t> & needed, const Routing & routing) {
     const int64_t first = std::max<int64_t>(0, routing.n_tokens - Policy::ubatch_tokens);
-    for (int32_t e : needed) {  // an expert of early tokens only, or of no token of the table
-        group.bundles[e].score = std::max(group.bundles[e].score, Policy::worth(clock - Policy::half_life_tokens));
-    }
     for (int64_t token = first; token < routing.n_tokens; ++token) {
         for (int i = 0; i < routing.n_used; ++i) {
             const int32_t e = routing.at(token, i);
             if (e >= 0 && e < group.n_experts) {
-                group.bundles[e].score = Policy::use(group.bundles[e].score, clock + (double) (token - first));
+                rescore(group.bundles[e], Policy::use(group.bundles[e].score, clock + (double) (token - first)));
             }
         }
     }
+    for (int32_t e : needed) {  // an expert of early tokens only, or of no token of the table
+        rescore(group.bundles[e], std::max(group.bundles[e].score, Policy::worth(clock - Policy::half_life_tokens)));
+    }
 }
 
-void Pager::count_uses(Group & group, const std::vector<int32_t> & needed, const Routing & routing) {
+void Pager::count_uses(Group & group, uint64_t end_token, const std::vector<int32_t> & needed, const Routing & routing) {
     Model & model = *group.parts[0]->model;
     std::vector<uint8_t> hit(group.n_experts, 0);
     uint64_t n_hits = 0;
@@ -390,7 +399,7 @@ void Pager::count_uses(Group & group, const std::vector<int32_t> & needed, const
     group.hits.fetch_add(n_hits, std::memory_order_relaxed);
     group.misses.fetch_add(n_misses, std::memory_order_relaxed);
 
-    const uint64_t first_token = model.tokens.load(std::memory_order_relaxed) - (uint64_t) routing.n_tokens;
+    const uint64_t first_token = end_token - (uint64_t) routing.n_tokens;
     for (int64_t token = 0; token < routing.n_tokens; ++token) {
         spac_event event{};
         event.token     = first_token + (uint64_t) token;

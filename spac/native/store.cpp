@@ -136,7 +136,7 @@ class DirectStore : public Store {
         result.bytes = read_end - read_begin;
         if (body_begin >= body_end) {
             struct iovec all = { bounce.head, (size_t) (read_end - read_begin) };
-            result.os_error = read_fully(file.fd, &all, 1, read_begin, offset + length);
+            result.os_error = read_fully(file, &all, 1, read_begin, offset + length);
             if (result.os_error == 0) {
                 std::memcpy(address, bounce.head + (offset - read_begin), length);
             }
@@ -148,7 +148,7 @@ class DirectStore : public Store {
             { (void *) body_begin, (size_t) (body_end - body_begin) },
             { bounce.tail, (size_t) (read_end - body_end_offset) },
         };
-        result.os_error = read_fully(file.fd, parts, 3, read_begin, offset + length);
+        result.os_error = read_fully(file, parts, 3, read_begin, offset + length);
         if (result.os_error == 0) {
             std::memcpy(address, bounce.head + (offset - read_begin), body_begin - begin);
             std::memcpy((void *) body_end, bounce.tail, end - body_end);
@@ -173,13 +173,13 @@ class DirectStore : public Store {
     }
 
     // Fills the parts from `offset` on. The last block may lie past the end of the file: enough is all up to `needed_end`.
-    static int read_fully(int fd, struct iovec * parts, int n_parts, uint64_t offset, uint64_t needed_end) {
+    static int read_fully(const ModelFile & file, struct iovec * parts, int n_parts, uint64_t offset, uint64_t needed_end) {
         while (offset < needed_end) {
             while (n_parts > 0 && parts->iov_len == 0) {
                 ++parts;
                 --n_parts;
             }
-            const ssize_t n = preadv(fd, parts, n_parts, (off_t) offset);
+            const ssize_t n = preadv(file.fd, parts, n_parts, (off_t) offset);
             if (n < 0 && (errno == EINTR || errno == EAGAIN)) {
                 continue;
             }
@@ -187,6 +187,9 @@ class DirectStore : public Store {
                 return n < 0 ? errno : ENODATA;
             }
             offset += (uint64_t) n;
+            if (offset < needed_end && offset % file.align != 0) {
+                return ENODATA;  // only the end of the file cuts a block short
+            }
             for (size_t left = (size_t) n; left > 0 && n_parts > 0;) {
                 const size_t step = left < parts->iov_len ? left : parts->iov_len;
                 parts->iov_base = (char *) parts->iov_base + step;

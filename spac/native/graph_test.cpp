@@ -1,0 +1,168 @@
+// The hooks in ggml's own MUL_MAT_ID: outputs on paged weights are bit for bit those on plain weights.
+#include "include/spac.h"
+#include "testing.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "ggml.h"
+
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <unistd.h>
+
+namespace {
+
+constexpr int     n_layers = 3, n_experts = 8, n_used = 3;
+constexpr int64_t width = 256, rows = 96;
+
+// Weights of all layers, one tensor after the other, in a file that begins with some other bytes.
+struct WeightFile {
+    static constexpr size_t offset = 12 * 1024 + 32;
+
+    std::string          path = "/tmp/spac-graph-XXXXXX";
+    std::vector<uint8_t> bytes;
+    size_t               tensor_bytes;
+
+    explicit WeightFile(ggml_type type) : tensor_bytes(ggml_row_size(type, width) * rows * n_experts) {
+        std::mt19937 random(1);
+        std::normal_distribution<float> normal;
+        std::vector<float> values((size_t) width * rows * n_experts);
+        bytes.resize(3 * n_layers * tensor_bytes);
+        for (int i = 0; i < 3 * n_layers; ++i) {
+            for (float & value : values) {
+                value = normal(random);
+            }
+            ggml_quantize_chunk(type, values.data(), bytes.data() + i * tensor_bytes, 0, rows * n_experts, width, nullptr);
+        }
+        const int fd = mkstemp(path.data());
+        REQUIRE(fd >= 0);
+        REQUIRE(pwrite(fd, bytes.data(), bytes.size(), offset) == (ssize_t) bytes.size());
+        close(fd);
+    }
+    ~WeightFile() { unlink(path.c_str()); }
+};
+
+struct Graph {
+    std::unique_ptr<ggml_context, decltype(&ggml_free)> context{ nullptr, ggml_free };
+    ggml_backend_buffer_t            weights_buffer = nullptr, data_buffer = nullptr;
+    ggml_cgraph *                    graph = nullptr;
+    ggml_tensor *                    input = nullptr, * ids = nullptr;
+    int                              model = 0;
+
+    // store: SPAC_STORE_*, or -1 for plain memory
+    Graph(const WeightFile & file, ggml_type type, int n_tokens, int store) {
+        context.reset(ggml_init({ 512 * 1024, nullptr, true }));
+        std::vector<ggml_tensor *> weights;
+        for (int layer = 0; layer < n_layers; ++layer) {
+            for (const char * part : { "up", "gate", "down" }) {
+                weights.push_back(ggml_new_tensor_3d(context.get(), type, width, rows, n_experts));
+                ggml_format_name(weights.back(), "blk.%d.ffn_%s_exps.weight", layer, part);
+            }
+        }
+        auto * buft = store < 0 ? ggml_backend_cpu_buffer_type() : (ggml_backend_buffer_type_t) spac_buffer_type();
+        size_t size = 0;
+        for (ggml_tensor * weight : weights) {
+            size += ggml_backend_buft_get_alloc_size(buft, weight);
+        }
+        const spac_options options = { sizeof(spac_options), store, 3 };
+        if (store >= 0) {
+            REQUIRE(spac_load_begin(&options) == SPAC_OK);
+        }
+        weights_buffer = ggml_backend_buft_alloc_buffer(buft, size);
+        char * at = (char *) ggml_backend_buffer_get_base(weights_buffer);
+        for (size_t i = 0; i < weights.size(); ++i) {
+            ggml_backend_tensor_alloc(weights_buffer, weights[i], at);
+            at += ggml_backend_buft_get_alloc_size(buft, weights[i]);
+            if (store < 0) {
+                std::memcpy(weights[i]->data, file.bytes.data() + i * file.tensor_bytes, file.tensor_bytes);
+            } else {
+                REQUIRE(ggml_backend_tensor_bind_file(weights[i], file.path.c_str(), WeightFile::offset + i * file.tensor_bytes, file.tensor_bytes));
+            }
+        }
+        if (store >= 0) {
+            model = spac_load_end();
+            REQUIRE_MESSAGE(model > 0, spac_last_error());
+        }
+        graph = ggml_new_graph(context.get());
+        input = ggml_new_tensor_3d(context.get(), GGML_TYPE_F32, width, 1, n_tokens);
+        ids   = ggml_new_tensor_2d(context.get(), GGML_TYPE_I32, n_used, n_tokens);
+        for (ggml_tensor * weight : weights) {
+            ggml_build_forward_expand(graph, ggml_mul_mat_id(context.get(), weight, input, ids));
+        }
+        data_buffer = ggml_backend_alloc_ctx_tensors_from_buft(context.get(), ggml_backend_cpu_buffer_type());
+    }
+
+    ~Graph() {
+        ggml_backend_buffer_free(data_buffer);
+        ggml_backend_buffer_free(weights_buffer);
+    }
+
+    // All outputs for inputs and routes drawn from a seed.
+    std::vector<float> compute(unsigned seed, int n_threads) {
+        std::mt19937 random(seed);
+        std::normal_distribution<float> normal;
+        for (int64_t i = 0; i < ggml_nelements(input); ++i) {
+            ((float *) input->data)[i] = normal(random);
+        }
+        for (int64_t token = 0; token < ids->ne[1]; ++token) {
+            const int first = (int) (random() % n_experts);
+            for (int i = 0; i < n_used; ++i) {
+                ((int32_t *) ids->data)[token * n_used + i] = (first + i * 3) % n_experts;
+            }
+        }
+        ggml_cplan plan = ggml_graph_plan(graph, n_threads, nullptr);
+        std::vector<uint8_t> work(plan.work_size);
+        plan.work_data = work.data();
+        REQUIRE(ggml_graph_compute(graph, &plan) == GGML_STATUS_SUCCESS);
+        std::vector<float> result;
+        for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+            const ggml_tensor * node = ggml_graph_node(graph, i);
+            result.insert(result.end(), (const float *) node->data, (const float *) node->data + ggml_nelements(node));
+        }
+        return result;
+    }
+};
+
+bool same_bits(const std::vector<float> & a, const std::vector<float> & b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+}  // namespace
+
+TEST_CASE("outputs are bit-equal at the floor budget: types, stores, tokens, threads") {
+    REQUIRE(spac_init() == SPAC_OK);
+    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q4_0, GGML_TYPE_Q4_K }) {
+        const WeightFile file(type);
+        for (const int n_tokens : { 1, 5, 40 }) {
+            Graph plain(file, type, n_tokens, -1);
+            for (const int store : { SPAC_STORE_AUTO, SPAC_STORE_BUFFERED, SPAC_STORE_MMAP, SPAC_STORE_MOCK }) {
+                REQUIRE(spac_budget_set(64 << 20) == SPAC_OK);
+                Graph paged(file, type, n_tokens, store);
+                spac_info info{};
+                info.struct_size = sizeof info;
+                REQUIRE(spac_model_info(paged.model, &info) == SPAC_OK);
+                REQUIRE(spac_budget_set(info.floor_bytes) == SPAC_OK);
+                for (const int n_threads : { 1, 2, 4 }) {
+                    CAPTURE(ggml_type_name(type));
+                    CAPTURE(n_tokens);
+                    CAPTURE(store);
+                    CAPTURE(n_threads);
+                    for (unsigned seed = 0; seed < 3; ++seed) {
+                        CHECK(same_bits(paged.compute(seed, n_threads), plain.compute(seed, n_threads)));
+                    }
+                }
+                spac_stats stats{};
+                stats.struct_size = sizeof stats;
+                REQUIRE(spac_model_stats(paged.model, &stats) == SPAC_OK);
+                CHECK(stats.evictions > 0);
+                CHECK(stats.peak_bytes <= stats.budget_bytes);
+            }
+        }
+    }
+}
