@@ -8,6 +8,7 @@ LLAMA_CPP_LIB_PATH names; `spac` is spac.Llama.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -88,7 +89,7 @@ def main() -> int:
         "decode_s": times[-1] - times[0],
         "prefill_tokens_per_s": len(tokens) / (times[0] - loaded),
         "decode_tokens_per_s": (len(times) - 1) / (times[-1] - times[0]),
-        "token_s": [round(b - a, 6) for a, b in zip(times, times[1:], strict=False)],
+        "token_s": [round(b - a, 6) for a, b in itertools.pairwise(times)],
         "token_ids": produced,
         "cpu_s": time.process_time(),
     }

@@ -22,14 +22,14 @@ import gzip
 import hashlib
 import html
 import json
-import math
 import random
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ def read_document(path: Path) -> str | None:
     name = path.name.removesuffix(".gz")
     if not name.endswith((".txt", ".html", ".pod", ".rst")) and not re.search(r"\.\d[a-z]*$", name):
         return None
-    raw = gzip.open(path).read() if path.name.endswith(".gz") else path.read_bytes()
+    raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -210,6 +210,10 @@ class Config:
     sequence: int = 256
 
 
+# From which share of the training time on: weights, for each layer, of the load-balance loss and of the reward for
+# neighbouring tokens that choose alike. At first no expert may die; later they may specialise, and keep to a subject.
+ROUTING = [(0.0, 0.01, 0.0), (0.31, 0.002, 0.0), (0.42, 0.002, 0.02), (0.56, 0.002, 0.05)]
+
 TARGET = Config("qwen3moe", n_layers=10, n_ff=256, n_experts=32, n_used=4)
 DRAFT = Config("qwen3", n_layers=2, n_ff=1024)
 
@@ -274,7 +278,7 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.randn(c.n_experts, c.width, c.n_ff) * scale)
         self.up = nn.Parameter(torch.randn(c.n_experts, c.width, c.n_ff) * scale)
         self.down = nn.Parameter(torch.randn(c.n_experts, c.n_ff, c.width) * c.n_ff**-0.5)
-        self.balance = torch.zeros(())
+        self.balance, self.locality = torch.zeros(()), torch.zeros(())
         self.chosen: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -287,6 +291,9 @@ class Experts(nn.Module):
         self.chosen = chosen
         share = F.one_hot(chosen, c.n_experts).float().sum(1).mean(0) / c.n_used
         self.balance = c.n_experts * (share * probability.mean(0)).sum()  # Switch Transformer (2101.03961), eq. 4
+
+        by_sequence = probability.view(*shape[:2], c.n_experts)
+        self.locality = (by_sequence[:, 1:] * by_sequence[:, :-1]).sum(-1).mean()
 
         flat = chosen.reshape(-1)
         order = flat.argsort(stable=True)
@@ -363,7 +370,7 @@ def held_out_loss(model: Model, tokens: np.ndarray, n: int = 16) -> float:
     return float(loss)
 
 
-def train(work: Path, name: str, config: Config, minutes: float, batch_size: int, peak_rate: float, balance: float, teacher: Model | None) -> None:
+def train(work: Path, name: str, config: Config, minutes: float, batch_size: int, peak_rate: float, teacher: Model | None) -> None:
     """Trains for a given time with a warm-up, a constant and a linear decay; writes WORK/NAME.pt and WORK/NAME.json."""
     torch.manual_seed(SEED)
     tokens, held_out = load_tokens(work, "train", config.vocabulary), load_tokens(work, "held_out", config.vocabulary)
@@ -389,9 +396,10 @@ def train(work: Path, name: str, config: Config, minutes: float, batch_size: int
                     goal = teacher(batch[:, :-1]).float().log_softmax(-1)
                 loss = F.kl_div(logits.float().log_softmax(-1), goal, log_target=True, reduction="sum") / batch[:, 1:].numel()
             extra = sum((e.balance for e in model.experts()), torch.zeros(()))
+            locality = sum((e.locality for e in model.experts()), torch.zeros(()))
         optimizer.zero_grad(set_to_none=True)
-        weight = balance if share < 0.31 else 0.2 * balance  # at first no expert may die, later they may specialise
-        (loss + weight * extra).backward()
+        _, balance_weight, locality_weight = next(row for row in reversed(ROUTING) if share >= row[0])
+        (loss + balance_weight * extra - locality_weight * locality).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
@@ -406,7 +414,7 @@ def train(work: Path, name: str, config: Config, minutes: float, batch_size: int
         step += 1
     torch.save({"config": asdict(config), "state": model.state_dict()}, work / f"{name}.pt")
     report = {"config": asdict(config), "seed": SEED, "minutes": minutes, "batch": batch_size, "peak_rate": peak_rate,
-              "balance_weight": balance, "steps": step, "loss_curve": log}  # fmt: skip
+              "routing_weights": ROUTING if config.n_experts else None, "steps": step, "loss_curve": log}  # fmt: skip
     (work / f"{name}.json").write_text(json.dumps(report, indent=1))
 
 
@@ -463,9 +471,9 @@ def evaluate(work: Path) -> None:
     result = {
         "held_out_loss": {"target": held_out_loss(target, held_out, 64), "draft": held_out_loss(draft, held_out, 64)},
         "lru_hit_rate_at_25_percent": {"mean": float(rates.mean()), "by_layer": rates.round(4).tolist(), "tokens": int(chosen.shape[1])},
-        "experts_shared_with_the_token_before": float(np.mean([[np.isin(l[t], l[t - 1]).mean() for t in range(1, len(l))] for l in chosen])),
+        "experts_shared_with_the_token_before": float(np.mean([[np.isin(layer[t], layer[t - 1]).mean() for t in range(1, len(layer))] for layer in chosen])),
         "draft_greedy_agreement": agree / total,
-        "expert_use_by_layer": [np.bincount(l.ravel(), minlength=target.c.n_experts).tolist() for l in chosen],
+        "expert_use_by_layer": [np.bincount(layer.ravel(), minlength=target.c.n_experts).tolist() for layer in chosen],
     }  # fmt: skip
     (work / "evaluation.json").write_text(json.dumps(result, indent=1))
     print(json.dumps({k: v for k, v in result.items() if k != "expert_use_by_layer"}, indent=1))
@@ -637,7 +645,6 @@ def main() -> None:
     parser.add_argument("step", choices=["corpus", "target", "draft", "evaluate", "export", "card"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, help="training time (default: 80 for the target, 15 for the draft)")
-    parser.add_argument("--balance", type=float, default=0.01, help="weight of the load-balance loss")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.threads:
@@ -645,9 +652,9 @@ def main() -> None:
     if arguments.step == "corpus":
         build_corpus(arguments.work)
     elif arguments.step == "target":
-        train(arguments.work, "target", TARGET, arguments.minutes or 80, 8, 1.2e-3, arguments.balance, None)
+        train(arguments.work, "target", TARGET, arguments.minutes or 80, 8, 1.2e-3, None)
     elif arguments.step == "draft":
-        train(arguments.work, "draft", DRAFT, arguments.minutes or 15, 24, 3e-3, 0.0, load(arguments.work, "target"))
+        train(arguments.work, "draft", DRAFT, arguments.minutes or 15, 24, 3e-3, load(arguments.work, "target"))
     elif arguments.step == "export":
         for name in ("target", "draft"):
             if (arguments.work / f"{name}.pt").exists():

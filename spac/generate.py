@@ -173,13 +173,13 @@ def reuse_prefix(llama: Llama, prompt: Sequence[int]) -> int:
     if keep == llama.n_tokens or (keep > 0 and llama._ctx.kv_cache_seq_rm(-1, keep, -1)):
         llama.n_tokens = keep
     else:
-        llama.reset()  # recurrent models cannot be cut back
+        llama.reset()  # type: ignore[no-untyped-call]  # recurrent models cannot be cut back
         llama._ctx.kv_cache_seq_rm(-1, 0, -1)
     return int(llama.n_tokens)
 
 
 def _make_sampler(sampling: Sampling) -> Any:
-    sampler: Any = internals.LlamaSampler()
+    sampler: Any = internals.LlamaSampler()  # type: ignore[no-untyped-call]
     if sampling.temperature == 0:
         sampler.add_greedy()
         return sampler

@@ -17,7 +17,7 @@ from spac import control, log, memory, seam
 from spac.errors import BudgetError, DecodeError, OptionError, SpacError
 from spac.gguf_check import ModelFacts, check_model
 from spac.governor import Governor
-from spac.plan import VOCABULARY_FACTOR, Paging, Plan, Sizes, make_plan
+from spac.plan import VOCABULARY_FACTOR, Paging, Plan, Sizes, make_plan, paged_ubatch
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
 
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
@@ -113,6 +113,8 @@ class Llama(llama_cpp.Llama):
     - When experts are paged, the other weights are read past the page cache (load mode "direct I/O") and `use_mlock` is
       refused. When all fits, weights are mapped as stock does, unless repacked copies would then exceed `memory`.
     - `flash_attn` defaults to llama.cpp's own choice ("auto") instead of off.
+    - `n_ubatch`, if it is not given, is 512 as in stock, or less where experts are paged and compute buffers of that size
+      would take more than an eighth of `memory` from them (`spac.plan.paged_ubatch`).
     - `n_threads` and `n_threads_batch` default to the physical cores, instead of half of and all the logical ones.
     - `n_ctx=0` takes the training context from the file, as stock does, but before the memory plan is made.
     - A decode can be stopped by `spac.cancel()` and fails with `ExpertReadError` when weights cannot be read. Afterwards the
@@ -154,6 +156,9 @@ class Llama(llama_cpp.Llama):
         self._on_progress = on_progress
         self._member: int | None = None
         self._flash_attn: bool | None = kwargs.pop("flash_attn", None)
+        self._automatic_ubatch = kwargs.get("n_ubatch") is None
+        if self._automatic_ubatch:
+            kwargs.pop("n_ubatch", None)
         if kwargs.get("n_ctx") == 0 and facts.n_ctx_train:
             kwargs["n_ctx"] = facts.n_ctx_train
         cores = seam.physical_cores()
@@ -226,6 +231,10 @@ class Llama(llama_cpp.Llama):
         facts = self.spac.facts
         base = memory.resident_bytes() - _used_bytes()
         sizes = self._measure(path, params)
+        smaller = paged_ubatch(self.context_params.n_ubatch, self._limit_bytes, base, sizes)
+        if self._automatic_ubatch and smaller < self.context_params.n_ubatch and self._spac_arguments["paging"] != "off":
+            self.context_params.n_ubatch = smaller
+            sizes = self._measure(path, params)
         try:
             return make_plan(
                 self._limit_bytes,
@@ -316,7 +325,8 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, **self._spac_arguments, "flash_attn": self._flash_attn}
+        ubatch = {"n_ubatch": None} if self._automatic_ubatch else {}
+        return {**state, **self._spac_arguments, **ubatch, "flash_attn": self._flash_attn}
 
 
 def _close_all() -> None:

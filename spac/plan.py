@@ -5,7 +5,7 @@ Pure arithmetic on sizes that others measured; every number is in bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from spac.errors import BudgetError
@@ -22,6 +22,9 @@ VOCABULARY_FACTOR: Final = 8
 RESERVE_BYTES: Final = 24 * MIB
 # page tables: 8 bytes for each page of 4 KiB, and windows are sparse
 PAGE_TABLE_DIVISOR: Final = 256
+
+MIN_UBATCH: Final = 32
+COMPUTE_DIVISOR: Final = 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,38 @@ def reserve_bytes(limit_bytes: int) -> int:
     return RESERVE_BYTES + limit_bytes // PAGE_TABLE_DIVISOR
 
 
+def paged_ubatch(n_ubatch: int, limit_bytes: int, base_bytes: int, sizes: Sizes) -> int:
+    """The ubatch for a paged model: a power of two, at least MIN_UBATCH, with compute buffers of at most an eighth of the limit.
+
+    A long ubatch reads every expert once for many tokens, but its buffers are memory that experts do not get. The ubatch that
+    was measured stays if the model fits whole, or if its buffers are small already.
+
+    Args:
+        n_ubatch: tokens that `sizes` were measured with; buffers grow about in proportion.
+    """
+    if _whole(limit_bytes, base_bytes, sizes) <= limit_bytes:
+        return n_ubatch
+    while n_ubatch > MIN_UBATCH and sizes.compute_bytes > limit_bytes // COMPUTE_DIVISOR:
+        n_ubatch, sizes = n_ubatch // 2, replace(sizes, compute_bytes=sizes.compute_bytes // 2)
+    return n_ubatch
+
+
+def _fixed(limit_bytes: int, base_bytes: int, sizes: Sizes) -> int:
+    """What is taken once all is loaded, experts left out."""
+    parts = (base_bytes, sizes.vocabulary_bytes, sizes.dense_bytes, sizes.context_bytes, sizes.compute_bytes, reserve_bytes(limit_bytes))
+    return sum(parts)
+
+
+def _loading(limit_bytes: int, base_bytes: int, sizes: Sizes) -> int:
+    """The same while dense weights are read, before there is a context."""
+    return base_bytes + sizes.vocabulary_bytes + sizes.dense_bytes + sizes.staging_bytes + reserve_bytes(limit_bytes)
+
+
+def _whole(limit_bytes: int, base_bytes: int, sizes: Sizes) -> int:
+    """What the model takes with all experts in memory."""
+    return max(_fixed(limit_bytes, base_bytes, sizes), _loading(limit_bytes, base_bytes, sizes)) + sizes.expert_bytes
+
+
 def make_plan(limit_bytes: int, base_bytes: int, sizes: Sizes, *, paging: Paging, n_ctx: int, automatic: bool = False) -> Plan:
     """Decide between whole and paged, and what experts get.
 
@@ -98,9 +133,8 @@ def make_plan(limit_bytes: int, base_bytes: int, sizes: Sizes, *, paging: Paging
         BudgetError: the model does not fit, with what it needs at least.
     """
     reserve = reserve_bytes(limit_bytes)
-    fixed = base_bytes + sizes.vocabulary_bytes + sizes.dense_bytes + sizes.context_bytes + sizes.compute_bytes + reserve
-    loading = base_bytes + sizes.vocabulary_bytes + sizes.dense_bytes + sizes.staging_bytes + reserve
-    whole = max(fixed, loading) + sizes.expert_bytes
+    fixed, loading = _fixed(limit_bytes, base_bytes, sizes), _loading(limit_bytes, base_bytes, sizes)
+    whole = _whole(limit_bytes, base_bytes, sizes)
 
     def plan(*, paged: bool, direct_io: bool, budget: int = 0) -> Plan:
         return Plan(limit_bytes, base_bytes, reserve, sizes, paged, direct_io, budget)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import spac
-from spac import control, limits
+from spac import limits
 from spac.inflate import inflate
 
 MIB = 1 << 20

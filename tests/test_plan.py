@@ -9,7 +9,7 @@ import pytest
 from spac.errors import BudgetError
 from spac.governor import Governor
 from spac.memory import GIB, MIB
-from spac.plan import Sizes, make_plan, reserve_bytes
+from spac.plan import Sizes, make_plan, paged_ubatch, reserve_bytes
 
 SIZES = Sizes(
     dense_bytes=1100 * MIB, expert_bytes=16 * GIB, context_bytes=400 * MIB, compute_bytes=200 * MIB, staging_bytes=100 * MIB,
@@ -67,6 +67,15 @@ def test_the_named_amount_is_enough_and_no_more() -> None:
         except BudgetError:
             low = middle
     assert make_plan(high, BASE, SIZES, paging="auto", n_ctx=8192).expert_budget_bytes - SIZES.floor_bytes < 8192
+
+
+def test_a_paged_ubatch_leaves_memory_to_experts() -> None:
+    """Halved until its buffers take an eighth at most; untouched where the model fits, and never below the least."""
+    big = dataclasses.replace(SIZES, compute_bytes=1600 * MIB)
+    assert paged_ubatch(512, 4 * GIB, BASE, SIZES) == 512
+    assert paged_ubatch(512, 4 * GIB, BASE, big) == 128
+    assert paged_ubatch(512, 64 * GIB, BASE, big) == 512
+    assert paged_ubatch(512, 64 * MIB, BASE, big) == 32
 
 
 class Process:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,7 +35,7 @@ def chat(
     max_tokens: opt.MaxTokens = None,
     memory: opt.Memory = "auto",
     ctx: opt.Ctx = 4096,
-    ubatch: opt.Ubatch = 512,
+    ubatch: opt.Ubatch = None,
     threads: opt.Threads = 0,
     temp: opt.Temp = 0.8,
     top_k: opt.TopK = 40,
@@ -208,7 +208,7 @@ class Session:
             elif name == "max-tokens":
                 self.max_tokens = self._positive(value)
             elif name in fields:
-                number = float(value) if name in ("temp", "top-p", "min-p") else int(value)
+                number: Any = float(value) if name in ("temp", "top-p", "min-p") else int(value)
                 self.sampling = dataclasses.replace(self.sampling, **{fields[name]: number})
             else:
                 note(f"{name} cannot be set; /help lists what can")

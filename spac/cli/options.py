@@ -41,7 +41,13 @@ Memory = Annotated[
     str, typer.Option(metavar="SIZE", help="Limit of the whole process: 4G, 512M, 50%, or auto. K, M and G count in 1024s.")
 ]
 Ctx = Annotated[int, typer.Option(min=0, metavar="TOKENS", help="Length of the context; 0: what the model was trained with.")]
-Ubatch = Annotated[int, typer.Option(min=1, max=65536, metavar="TOKENS", help="Tokens computed at a time while reading the prompt.")]
+Ubatch = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=65536, metavar="TOKENS", help="Tokens computed at a time while reading the prompt; else 512, or what memory allows.",
+        show_default=False,
+    ),
+]  # fmt: skip
 Threads = Annotated[int, typer.Option(min=0, max=1024, metavar="N", help="Compute threads; 0: one for each physical core.")]
 MaxTokens = Annotated[
     int | None, typer.Option("-n", "--max-tokens", min=1, metavar="N", help="Answer at most so many tokens.", show_default=False)
@@ -73,7 +79,7 @@ class LoadOptions:
     model: str
     memory: str
     ctx: int
-    ubatch: int
+    ubatch: int | None
     threads: int
     store: str
     paging: Paging
@@ -109,7 +115,7 @@ def load(options: LoadOptions) -> tuple[Llama, float]:
                 store=options.store,
                 on_progress=on_progress,
                 n_ctx=options.ctx,
-                n_batch=max(512, options.ubatch),
+                n_batch=max(512, options.ubatch or 0),
                 n_ubatch=options.ubatch,
                 n_threads=options.threads or None,
                 verbose=options.debug,

@@ -28,7 +28,7 @@ def run(
     max_tokens: opt.MaxTokens = None,
     memory: opt.Memory = "auto",
     ctx: opt.Ctx = 4096,
-    ubatch: opt.Ubatch = 512,
+    ubatch: opt.Ubatch = None,
     threads: opt.Threads = 0,
     temp: opt.Temp = 0.8,
     top_k: opt.TopK = 40,

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -29,7 +29,7 @@ class FakeLlama:
     """A model with a context of 60 "tokens" (characters), which answers from a queue."""
 
     model_path = "fake.gguf"
-    metadata = {"tokenizer.chat_template": "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}a:"}
+    metadata: ClassVar = {"tokenizer.chat_template": "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}a:"}
 
     class Spac:
         plan = None

@@ -248,7 +248,7 @@ def test_little_address_space(model_path: Path) -> None:
             "run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on", "--memory", "1G",
             preexec_fn=lambda n=n_bytes: resource.setrlimit(resource.RLIMIT_AS, (n, n)),
         )  # fmt: skip
-        out, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=120)
         seen.add(process.returncode)
         assert process.returncode in (0, 1), (mib, err)
         assert (len(err.splitlines()) == 1) == (process.returncode == 1), (mib, err)
