@@ -47,6 +47,7 @@ class Row:
     prompt_tokens: int = 48
     tokens: int = 64
     stock_tokens: int = 8  # a thrashing contender takes minutes for each
+    ubatch: int = 64  # of all contenders: large compute buffers would leave none of them a cache
     paging: str = "on"
     repack: bool = False
 
@@ -56,7 +57,8 @@ ROWS = [
     Row("half, unthrottled", 0.5, None),
     Row("quarter, 500 MB/s", 0.25, 500_000_000, stock_tokens=4),
     Row("quarter, unthrottled", 0.25, None, stock_tokens=4),
-    Row("prefill 512, quarter", 0.25, 500_000_000, prompt_tokens=512, tokens=1, stock_tokens=1),
+    Row("prefill 512, quarter, 500 MB/s", 0.25, 500_000_000, prompt_tokens=512, tokens=1, stock_tokens=1, ubatch=512),
+    Row("prefill 512, quarter, unthrottled", 0.25, None, prompt_tokens=512, tokens=1, stock_tokens=1, ubatch=512),
     Row("all resident, paging on", None, None, stock_tokens=64),
     Row("all resident, auto, default stock", None, None, stock_tokens=64, paging="auto", repack=True),
 ]
@@ -72,9 +74,9 @@ class Contender:
     pattern: dict[str, str] = field(default_factory=dict)  # of a peer's output: key -> regular expression
 
 
-def contenders(model: Path, row: Row, memory: int | None, threads: int, peers: dict[str, Path]) -> list[Contender]:
+def contenders(model: Path, row: Row, memory: int | None, threads: int, peers: dict[str, Path], bigmoe_mib: int) -> list[Contender]:
     child = [sys.executable, str(ROOT / "scripts/bench_child.py")]
-    common = ["--prompt", PROMPT, "--prompt-tokens", str(row.prompt_tokens), "--threads", str(threads)] + ["--repack"] * row.repack
+    common = ["--prompt", PROMPT, "--prompt-tokens", str(row.prompt_tokens), "--threads", str(threads), "--ubatch", str(row.ubatch)] + ["--repack"] * row.repack
     found = [
         Contender("stock mmap", [*child, "stock", str(model), *common, "--tokens", str(row.stock_tokens)], STOCK),
         Contender(
@@ -83,14 +85,14 @@ def contenders(model: Path, row: Row, memory: int | None, threads: int, peers: d
         ),
     ]
     if "bigmoe" in peers and memory is not None and row.tokens > 1:
-        found.append(bigmoe(peers["bigmoe"], model, row, memory, threads))
+        found.append(bigmoe(peers["bigmoe"], model, row, memory, threads, bigmoe_mib))
     return found
 
 
-def bigmoe(binary: Path, model: Path, row: Row, memory: int, threads: int) -> Contender:
-    """BigMoeOnEdge with its best settings; its cache is what the limit leaves after dense weights and some 40 MB."""
+def bigmoe(binary: Path, model: Path, row: Row, memory: int, threads: int, overhead_mib: int) -> Contender:
+    """BigMoeOnEdge with its best settings; its cache is what the limit leaves after dense weights and `overhead_mib`."""
     facts = check_model(str(model))
-    cache = (memory - (facts.file_bytes - facts.expert_bytes) - 45 * 2**20) // 2**20
+    cache = (memory - (facts.file_bytes - facts.expert_bytes) - overhead_mib * 2**20) // 2**20
     return Contender(
         "BigMoeOnEdge",
         [str(binary), "-m", str(model), "-p", PROMPT, "-n", str(row.tokens), "-t", str(threads), "-c", "1024", "--temp", "0", "--moe-stream",
@@ -159,6 +161,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--bigmoe-mib", type=int, default=45, help="what BigMoeOnEdge takes besides cache and dense weights; tune it to just fit")
     options = parser.parse_args()
     reason = limits.unavailable()
     if reason:
@@ -174,7 +177,7 @@ def main() -> int:
         memory = int(size * row.memory_share) if row.memory_share else None
         runs: dict[str, list[dict[str, Any]]] = {}
         for _ in range(options.repeats):
-            for contender in contenders(options.model, row, memory, options.threads, peers):
+            for contender in contenders(options.model, row, memory, options.threads, peers, options.bigmoe_mib):
                 record = run(contender, row, memory, options.model)
                 runs.setdefault(contender.name, []).append(record)
                 shown = record.get("decode_tokens_per_s") or record.get("error")

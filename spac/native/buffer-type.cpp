@@ -8,9 +8,9 @@
 #include "traits.h"
 
 #include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <regex>
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -45,15 +45,20 @@ struct Name {
 };
 
 bool parse_name(const char * text, Name & name) {
-    static const std::regex pattern("blk\\.(\\d+)\\.ffn_(gate|up|down|gate_up)_(ch)?exps\\.weight");
-    std::cmatch match;
-    if (!std::regex_match(text, match, pattern)) {
+    char part[32];
+    int  end = 0;
+    if (std::sscanf(text, "blk.%d.ffn_%31[a-z_].weight%n", &name.layer, part, &end) != 2 || end == 0 || text[end] != '\0') {
         return false;
     }
-    name.layer = std::atoi(match[1].first);
-    name.rank  = match[2] == "down" ? 1 : 0;
-    name.chunk = match[3].matched;
-    return true;
+    for (const char * stem : { "gate", "up", "down", "gate_up" }) {
+        const std::string exps = std::string(stem) + "_exps", chexps = std::string(stem) + "_chexps";
+        if (part == exps || part == chexps) {
+            name.rank  = std::strcmp(stem, "down") == 0 ? 1 : 0;
+            name.chunk = part == chexps;
+            return true;
+        }
+    }
+    return false;
 }
 
 Group & group_of(Model & model, const Name & name) {
