@@ -212,7 +212,7 @@ class Config:
 
 # From which share of the training time on: weights, for each layer, of the load-balance loss and of the reward for
 # neighbouring tokens that choose alike. At first no expert may die; later they may specialise, and keep to a subject.
-ROUTING = [(0.0, 0.01, 0.0), (0.31, 0.002, 0.0), (0.42, 0.002, 0.02), (0.56, 0.002, 0.05), (0.68, 0.002, 0.0)]
+ROUTING = [(0.0, 0.01, 0.0), (0.31, 0.002, 0.0), (0.42, 0.002, 0.02), (0.56, 0.002, 0.05), (0.68, 0.002, 0.0), (0.84, 0.0, 0.0)]
 
 TARGET = Config("qwen3moe", n_layers=10, n_ff=256, n_experts=32, n_used=4)
 DRAFT = Config("qwen3", n_layers=2, n_ff=1024)

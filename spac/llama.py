@@ -302,14 +302,16 @@ class Llama(llama_cpp.Llama):
             ExpertReadError, ModelChangedError, Cancelled, DecodeError: what was evaluated before this call is still valid,
                 and may be continued; recurrent and hybrid models begin with an empty context.
         """
-        before = self.n_tokens
-        if before + len(tokens) > self._n_ctx:
-            raise DecodeError(f"{before + len(tokens)} tokens do not fit into the context of {self._n_ctx}; raise n_ctx (--ctx)")
-        try:
-            super().eval(tokens)
-        except SpacError:
-            self._forget_after(before)
-            raise
+        context: Any = self._ctx
+        with context.busy:
+            before = self.n_tokens
+            if before + len(tokens) > self._n_ctx:
+                raise DecodeError(f"{before + len(tokens)} tokens do not fit into the context of {self._n_ctx}; raise n_ctx (--ctx)")
+            try:
+                super().eval(tokens)
+            except SpacError:
+                self._forget_after(before)
+                raise
 
     def _forget_after(self, n_tokens: int) -> None:
         if self._is_recurrent or self._is_hybrid or not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
@@ -329,15 +331,14 @@ class Llama(llama_cpp.Llama):
         return {**state, **self._spac_arguments, **ubatch, "flash_attn": self._flash_attn}
 
 
-def _close_all() -> None:
-    """At exit: stop what runs and free it while Python is still whole; what does not stop is left to the system."""
+def _leave() -> None:
+    """At exit: stop what decodes, and let nothing begin. Nothing is freed: other threads may be anywhere, and the system frees."""
+    seam.leave()
     for llama in list(_live):
         llama.spac.cancel()
     for llama in list(_live):
         context: Any = llama._ctx
-        if context.busy.acquire(timeout=5):
-            context.busy.release()
-            llama.close()
+        context.busy.acquire(timeout=5)
 
 
-atexit.register(_close_all)
+atexit.register(_leave)

@@ -24,6 +24,13 @@ internals: Any = llama_cpp._internals  # its classes are replaced here
 _StockModel: Any = internals.LlamaModel
 _StockContext: Any = internals.LlamaContext
 _lock = threading.RLock()
+_leaving = False  # the process ends: nothing is freed any more, another thread may still be using it
+
+
+def leave() -> None:
+    """Free nothing from now on."""
+    global _leaving
+    _leaving = True
 
 
 class _TensorBufferOverride(ctypes.Structure):
@@ -111,7 +118,7 @@ class Model(_StockModel):  # type: ignore[misc]
         return callback
 
     def close(self) -> None:
-        if hasattr(self, "_exit_stack"):
+        if hasattr(self, "_exit_stack") and not _leaving:
             super().close()
 
 
@@ -126,7 +133,7 @@ class Context(_StockContext):  # type: ignore[misc]
         self.ctx = None
         self._after_decode = after_decode
         self._lock = threading.Lock()
-        self.busy = threading.Lock()  # held while llama.cpp computes
+        self.busy = threading.RLock()  # held while llama.cpp computes, and while a failed evaluation is undone
         user = ctypes.cast(params.abort_callback, ctypes.c_void_p).value
         self._user_callback = params.abort_callback  # keeps it alive
         self.spac_context = control.spac_context_new(user, params.abort_callback_data)
@@ -149,6 +156,8 @@ class Context(_StockContext):  # type: ignore[misc]
             DecodeError: llama.cpp refused it, for example because the context is full.
         """
         with self.busy:
+            if self.ctx is None:
+                raise DecodeError("the model is closed")
             code = upstream.llama_decode(self.ctx, batch.batch)
         if code != 0:
             raise self._error("llama_decode", code)
@@ -190,9 +199,14 @@ class Context(_StockContext):  # type: ignore[misc]
                 control.spac_context_free(context)
 
     def close(self) -> None:
-        if hasattr(self, "_exit_stack"):
-            super().close()
-        if hasattr(self, "_lock"):
+        """Stop what runs, wait for it, free the context."""
+        if not hasattr(self, "busy") or _leaving:
+            return
+        self.cancel()
+        with self.busy:
+            if hasattr(self, "_exit_stack"):
+                super().close()
+            self.ctx = None
             self._free_spac_context()
 
 

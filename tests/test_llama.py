@@ -247,6 +247,27 @@ def test_two_models_at_a_time_in_two_threads(model_path: Path, llama: spac.Llama
     assert stats.peak_bytes <= budget
 
 
+def test_closing_stops_what_another_thread_decodes(model_path: Path) -> None:
+    llama = load(model_path)
+    set_budget(llama, 0.0)
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            llama.eval([300] * 500)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while (stats := llama.spac.stats()) is not None and stats.ubatches == 0:
+        pass
+    llama.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert [type(error) for error in raised] == [spac.Cancelled]
+
+
 def test_closing_twice_and_using_what_is_closed(model_path: Path) -> None:
     llama = load(model_path)
     llama.close()
@@ -374,7 +395,8 @@ def run_python(code: str, *arguments: object, **options: Any) -> subprocess.Comp
     )
 
 
-def test_leaving_in_the_middle_of_a_decode(model_path: Path) -> None:
+@pytest.mark.parametrize("n_reads", [0, 20, 300, 301, 302, 303])
+def test_leaving_in_the_middle_of_a_decode(model_path: Path, n_reads: int) -> None:
     """The interpreter ends while another thread decodes and reads: the process leaves, cleanly and soon."""
     code = """
 import sys, threading, spac
@@ -385,13 +407,13 @@ def work():
     try:
         while True:
             llama.reset()
-            llama.eval([300] * 400)
+            llama.eval([300] * 20)
     except spac.Cancelled:
         pass
 threading.Thread(target=work, daemon=True).start()
-while llama.spac.stats().reads < 20: pass
+while llama.spac.stats().reads < int(sys.argv[2]): pass
 """
-    result = run_python(code, model_path)
+    result = run_python(code, model_path, n_reads)
     assert (result.returncode, result.stderr) == (0, "")
 
 
