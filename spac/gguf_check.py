@@ -63,6 +63,8 @@ class ModelFacts:
         dense_bytes: all tensors but the paged ones; `expert_bytes`: the paged ones.
         largest_dense_bytes: the largest tensor that is not paged.
         vocabulary_bytes: headers of all files, which are mostly the vocabulary.
+        work_bytes_per_token: what a matrix product's input takes once more, converted to the type that the weights are
+            multiplied with (ggml_graph_plan's work buffer); the largest of all products, by token of a ubatch.
         expert_layers: the layers that have experts, in order.
         types: bytes by tensor type.
     """
@@ -80,6 +82,7 @@ class ModelFacts:
     expert_bytes: int
     largest_dense_bytes: int
     vocabulary_bytes: int
+    work_bytes_per_token: int
     expert_layers: tuple[ExpertLayer, ...]
     types: dict[str, int]
     has_chat_template: bool
@@ -133,10 +136,21 @@ def _facts(first: GgufFile, files: list[GgufFile], architecture: str, tensors: l
         expert_bytes=sum(tensor.n_bytes for tensor in experts),
         largest_dense_bytes=max(dense, default=0),
         vocabulary_bytes=sum(file.header_bytes for file in files),
+        work_bytes_per_token=_work_bytes_per_token(tensors, _integer(first, f"{architecture}.expert_used_count")),
         expert_layers=_expert_layers(first, experts),
         types=dict(sorted(types.items(), key=lambda item: -item[1])),
         has_chat_template="tokenizer.chat_template" in first.metadata,
     )
+
+
+def _work_bytes_per_token(tensors: list[Tensor], n_used: int) -> int:
+    """Upper bound: Q8_K has the most bytes of the quantised types that products are made in, F16 of the others."""
+    largest = 0.0
+    for tensor in tensors:
+        if len(tensor.shape) > 1 and tensor.name.endswith(".weight") and not tensor.name.startswith("token_embd"):
+            rows = n_used if "down_exps" in tensor.name or "down_chexps" in tensor.name else 1
+            largest = max(largest, tensor.shape[0] * rows * (2 if tensor.type_name in ("F32", "F16", "BF16") else 292 / 256))
+    return int(largest)
 
 
 def _architecture(file: GgufFile) -> str:

@@ -272,7 +272,7 @@ class Llama(llama_cpp.Llama):
             dense_bytes=measured.dense_bytes,
             expert_bytes=measured.expert_bytes,
             context_bytes=measured.context_bytes,
-            compute_bytes=measured.compute_bytes,
+            compute_bytes=measured.compute_bytes + self.context_params.n_ubatch * facts.work_bytes_per_token,
             staging_bytes=2 * facts.largest_dense_bytes,
             vocabulary_bytes=VOCABULARY_FACTOR * facts.vocabulary_bytes,
             file_bytes=facts.file_bytes,

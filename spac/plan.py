@@ -35,7 +35,7 @@ class Sizes:
         dense_bytes: weights that are not paged.
         expert_bytes: weights that can be paged, in whole pages.
         context_bytes: KV cache and recurrent state.
-        compute_bytes: compute and output buffers.
+        compute_bytes: compute, work and output buffers.
         staging_bytes: for a moment while dense weights are read.
         vocabulary_bytes: estimate of the vocabulary's heap.
         file_bytes: the model's files.

@@ -31,14 +31,14 @@ def big_model(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     path.unlink()
 
 
-@pytest.mark.parametrize("memory_mib", [230, 300, 450])
-def test_peak_in_a_control_group(big_model: Path, memory_mib: int) -> None:
+@pytest.mark.parametrize(("memory_mib", "options"), [(150, []), (300, []), (450, []), (300, ["--ubatch", "512"])])
+def test_peak_in_a_control_group(big_model: Path, memory_mib: int, options: list[str]) -> None:
     """In a group limited to twice --memory, its peak, page cache included, stays within --memory."""
     reason = limits.unavailable()
     if reason:
         pytest.skip(reason)
-    command = [sys.executable, "-m", "spac", "run", str(big_model), "-p", "The purpose of this page is " * 20, "-n", "48",
-               "--memory", f"{memory_mib}M", "--ctx", "1024", "--temp", "0", "--json"]  # fmt: skip
+    command = [sys.executable, "-m", "spac", "run", str(big_model), "-p", "The purpose of this page is " * 90, "-n", "48",
+               "--memory", f"{memory_mib}M", "--ctx", "1024", "--temp", "0", "--json", *options]  # fmt: skip
     run = limits.run_limited(command, memory_bytes=2 * memory_mib * MIB, files=[big_model], timeout_s=300)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
