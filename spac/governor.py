@@ -1,7 +1,7 @@
 """Keeps the whole process under its memory limit: sets libspac's expert budget from what everything else really takes.
 
-One governor serves the process, since the budget is one for all models. It is asked when a model comes or goes and after
-every decode; in between, the reserve of `spac.plan` covers what grows.
+One governor serves the process, since the budget is one for all models. It is asked when a model comes or goes, and before and
+after every decode; in between, the reserve of `spac.plan` covers what grows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from spac.plan import reserve_bytes
 class _Member:
     limit_bytes: int
     floor_bytes: int = 0
-    untouched_bytes: int = 0  # allocated, but not yet in memory: compute buffers before the first decode
+    n_ubatch: int = 0
+    untouched_bytes: int = 0  # allocated, but not in memory before a ubatch of full size was computed
+    n_seen: int = 0  # tokens of the largest ubatch so far
+    growing: bool = True  # the next or running decode may touch all of untouched_bytes
 
 
 class Governor:
@@ -39,6 +42,7 @@ class Governor:
         self._lock = threading.RLock()
         self._next = 1
         self.budget_bytes = 0
+        self._cap_bytes: int | None = None
 
     @property
     def limit_bytes(self) -> int:
@@ -47,7 +51,7 @@ class Governor:
 
     def rest_bytes(self) -> int:
         """What the process takes besides experts, buffers that it has not touched yet included."""
-        untouched = sum(member.untouched_bytes for member in self._members.values())
+        untouched = sum(member.untouched_bytes for member in self._members.values() if member.growing)
         return max(0, self._resident() - self._used_bytes()) + untouched
 
     def admit(self, limit_bytes: int, floor_bytes: int, need_bytes: int) -> int:
@@ -69,8 +73,11 @@ class Governor:
             self._apply(max(self._floor(), min(budget, self.budget_bytes)))
             return member
 
-    def settle(self, member: int, floor_bytes: int, untouched_bytes: int) -> int:
+    def settle(self, member: int, floor_bytes: int, untouched_bytes: int, n_ubatch: int) -> int:
         """Give experts all that is left, now that the model is loaded; returns the budget in bytes.
+
+        Args:
+            untouched_bytes: compute buffers; a decode of n tokens touches those of min(n, n_ubatch) tokens.
 
         Raises:
             BudgetError: what is left is below a floor.
@@ -78,6 +85,7 @@ class Governor:
         with self._lock:
             self._members[member].floor_bytes = floor_bytes
             self._members[member].untouched_bytes = untouched_bytes
+            self._members[member].n_ubatch = n_ubatch
             budget = self._left()
             floor = self._floor()
             if budget < floor:
@@ -88,15 +96,41 @@ class Governor:
             self._apply(budget)
             return budget
 
-    def check(self) -> None:
-        """After a decode: shrink the experts' budget if the rest has grown into it."""
-        if not self._members:
-            return
+    def before_decode(self, member: int, n_tokens: int) -> None:
+        """Make room if the decode may touch buffers that none before it did."""
         with self._lock:
-            rest = max(0, self._resident() - self._used_bytes())
-            budget = self.limit_bytes - rest - reserve_bytes(self.limit_bytes) // 2
-            if budget < self.budget_bytes:
-                self._apply(max(budget, self._floor()))
+            m = self._members[member]
+            if min(n_tokens, m.n_ubatch) > m.n_seen and not m.growing:
+                m.growing = True
+                self._follow()
+
+    def after_decode(self, member: int, n_tokens: int) -> None:
+        """Follow what the rest really takes now."""
+        with self._lock:
+            m = self._members[member]
+            m.n_seen = max(m.n_seen, min(n_tokens, m.n_ubatch))
+            m.growing = False
+            self._follow()
+
+    def _follow(self) -> None:
+        """Shrink if the rest has grown into half of the reserve, grow if it has become much less."""
+        budget, reserve = self._left(), reserve_bytes(self.limit_bytes)
+        if budget + reserve // 2 < self.budget_bytes or budget > self.budget_bytes + reserve // 2:
+            self._apply(max(budget, self._floor()))
+
+    def cap(self, n_bytes: int | None) -> None:
+        """Give experts no more than this, however much is left; None: no cap. Gone when the last model is.
+
+        Raises:
+            BudgetError: it is below a loaded model's floor.
+        """
+        with self._lock:
+            before, self._cap_bytes = self._cap_bytes, n_bytes
+            try:
+                self._apply(self._left())
+            except BudgetError:
+                self._cap_bytes = before
+                raise
 
     def release(self, member: int) -> None:
         """A model is gone, or did not come about: the others may take its room."""
@@ -105,10 +139,11 @@ class Governor:
             if self._members:
                 self._apply(max(self._left(), self._floor()))
             else:
-                self.budget_bytes = 0
+                self.budget_bytes, self._cap_bytes = 0, None
 
     def _left(self) -> int:
-        return self.limit_bytes - self.rest_bytes() - reserve_bytes(self.limit_bytes)
+        left = self.limit_bytes - self.rest_bytes() - reserve_bytes(self.limit_bytes)
+        return left if self._cap_bytes is None else min(left, self._cap_bytes)
 
     def _floor(self) -> int:
         return max((m.floor_bytes for m in self._members.values()), default=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -87,6 +88,14 @@ class Handle:
     def events(self, from_: int = 0) -> list[RoutingEvent]:
         """Routing events from sequence number `from_` on; the ring holds the last few thousand."""
         return control.model_events(self.model_id, from_) if self.paged else []
+
+    def cap_experts(self, n_bytes: int | None) -> None:
+        """Give experts, of all models in this process, at most this much, for measuring; None: what `memory` leaves.
+
+        Raises:
+            BudgetError: it is below the floor of a model.
+        """
+        _governor.cap(n_bytes)
 
     def evict_all(self) -> int:
         """Drop every expert from memory, for measuring cold; returns how many slices that were."""
@@ -217,7 +226,14 @@ class Llama(llama_cpp.Llama):
 
     def _make_context(self, *, model: seam.Model, params: Any, verbose: bool) -> seam.Context:
         self._set_flash_attention(params)
-        context = seam.Context(model=model, params=params, verbose=verbose, after_decode=_governor.check)
+        member = self._member
+        context = seam.Context(
+            model=model,
+            params=params,
+            verbose=verbose,
+            before_decode=void if member is None else functools.partial(_governor.before_decode, member),
+            after_decode=void if member is None else functools.partial(_governor.after_decode, member),
+        )
         self.spac._context = context
         return context
 
@@ -289,7 +305,8 @@ class Llama(llama_cpp.Llama):
             memory.drop_own_file_cache()
         info = self.spac.info()
         try:
-            _governor.settle(self._member, info.floor_bytes if info else 0, self.spac.plan.sizes.compute_bytes)
+            floor, compute = info.floor_bytes if info else 0, self.spac.plan.sizes.compute_bytes
+            _governor.settle(self._member, floor, compute, self.context_params.n_ubatch)
         except BudgetError as e:
             raise BudgetError(f"{self.spac.facts.path}: {e}") from None
 

@@ -19,9 +19,9 @@ VOCABULARY_FACTOR: Final = 8
 
 # Calibrated in a memory cgroup, page cache and kernel memory counted (tests/test_budget.py): growth of the heap while decoding,
 # stacks, bounce blocks, slabs.
-RESERVE_BYTES: Final = 24 * MIB
-# page tables: 8 bytes for each page of 4 KiB, and windows are sparse
-PAGE_TABLE_DIVISOR: Final = 256
+RESERVE_BYTES: Final = 14 * MIB
+# page tables: 8 bytes for each page of 4 KiB
+PAGE_TABLE_DIVISOR: Final = 512
 
 MIN_UBATCH: Final = 32
 COMPUTE_DIVISOR: Final = 8

@@ -128,9 +128,12 @@ class Context(_StockContext):  # type: ignore[misc]
     Frees llama.cpp's context, then libspac's; the model comes after both.
     """
 
-    def __init__(self, *, model: Model, params: Any, verbose: bool, after_decode: Callable[[], None]) -> None:
+    def __init__(
+        self, *, model: Model, params: Any, verbose: bool, before_decode: Callable[[int], None], after_decode: Callable[[int], None]
+    ) -> None:
         self.sampler = None
         self.ctx = None
+        self._before_decode = before_decode
         self._after_decode = after_decode
         self._lock = threading.Lock()
         self.busy = threading.RLock()  # held while llama.cpp computes, and while a failed evaluation is undone
@@ -158,10 +161,12 @@ class Context(_StockContext):  # type: ignore[misc]
         with self.busy:
             if self.ctx is None:
                 raise DecodeError("the model is closed")
+            n_tokens = int(batch.batch.n_tokens)
+            self._before_decode(n_tokens)
             code = upstream.llama_decode(self.ctx, batch.batch)
-        if code != 0:
-            raise self._error("llama_decode", code)
-        self._after_decode()
+            if code != 0:
+                raise self._error("llama_decode", code)
+            self._after_decode(n_tokens)
 
     def encode(self, batch: Any) -> None:
         """As `decode`, for encoders."""

@@ -61,10 +61,9 @@ def window_rss_bytes(pid: int | str = "self") -> int:
 
 DECODING = """
 import sys, spac
-from spac import control
 llama = spac.Llama(sys.argv[1], memory="4G", paging="on", n_ctx=512, verbose=False)
 budget = llama.spac.info().expert_page_bytes // 5
-control.check(control.spac_budget_set(budget))
+llama.spac.cap_experts(budget)
 print(budget, flush=True)
 while True:
     llama.reset()

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pytest
 
 import spac
-from spac import control
 from spac.inflate import inflate
 from spac.stats import ModelStats
 
@@ -92,7 +91,7 @@ def paged(path: Path, share: float, **options: object) -> tuple[Logits, ModelSta
     llama = load(path, memory="8G", paging="on", **options)
     info = llama.spac.info()
     assert info is not None
-    control.check(control.spac_budget_set(max(info.floor_bytes, int(share * info.expert_page_bytes))))
+    llama.spac.cap_experts(max(info.floor_bytes, int(share * info.expert_page_bytes)))
     try:
         logits = evaluate(llama)
         stats = llama.spac.stats()
@@ -152,7 +151,7 @@ def test_two_models_share_the_budget(model_of: Callable[[str], Path], reference:
     models = [load(model_of(t), memory="8G", paging="on") for t in ("Q4_0", "Q8_0")]
     info = models[1].spac.info()
     assert info is not None
-    control.check(control.spac_budget_set(info.expert_page_bytes // 4))
+    models[0].spac.cap_experts(info.expert_page_bytes // 4)
     results = [evaluate(llama) for llama in models]
     stats = models[0].spac.stats()
     for llama in models:

@@ -34,7 +34,7 @@ def set_budget(llama: spac.Llama, share: float) -> int:
     info = llama.spac.info()
     assert info is not None
     budget = max(info.floor_bytes, int(share * info.expert_page_bytes))
-    control.check(control.spac_budget_set(budget))
+    llama.spac.cap_experts(budget)
     return budget
 
 
@@ -373,7 +373,7 @@ def test_a_prompt_longer_than_the_context(llama: spac.Llama) -> None:
 
 def test_the_budget_cannot_go_below_the_floor(llama: spac.Llama) -> None:
     with pytest.raises(spac.BudgetError, match="floor"):
-        control.check(control.spac_budget_set(4096))
+        llama.spac.cap_experts(4096)
 
 
 @pytest.mark.parametrize(
@@ -400,9 +400,8 @@ def test_leaving_in_the_middle_of_a_decode(model_path: Path, n_reads: int) -> No
     """The interpreter ends while another thread decodes and reads: the process leaves, cleanly and soon."""
     code = """
 import sys, threading, spac
-from spac import control
 llama = spac.Llama(sys.argv[1], memory="4G", paging="on", n_ctx=512, verbose=False)
-control.check(control.spac_budget_set(llama.spac.info().floor_bytes))
+llama.spac.cap_experts(llama.spac.info().floor_bytes)
 def work():
     try:
         while True:

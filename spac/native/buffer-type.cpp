@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -281,6 +282,17 @@ void on_end_expert(void * op, int expert) {
 
 ggml_backend_buffer_type_t registered = nullptr;
 
+// where libspac.so lies, and the backends' modules with it
+std::string library_folder() {
+    Dl_info info;
+    if (!dladdr((const void *) &register_buffer_type, &info) || !info.dli_fname) {
+        return ".";
+    }
+    const std::string path = info.dli_fname;
+    const size_t slash = path.rfind('/');
+    return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+
 }  // namespace
 
 ggml_backend_buffer_type_t buffer_type() {
@@ -296,6 +308,10 @@ int register_buffer_type() {
         return SPAC_OK;
     }
     ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!cpu) {  // a build with GGML_BACKEND_DL: upstream would look for the modules beside the executable, which is Python
+        ggml_backend_load_all_from_path(library_folder().c_str());
+        cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    }
     if (!cpu) {
         return fail(SPAC_E_BACKEND, "llama.cpp has no CPU backend loaded");
     }

@@ -264,7 +264,7 @@ def test_interrupted_at_any_moment(model_path: Path, delay_s: float) -> None:
     time.sleep(delay_s)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    if delay_s >= 0.25:  # before, Python itself is not up
+    if delay_s >= 0.5:  # before, Python itself may not be up
         assert process.returncode in (130, 0)
         assert "Traceback" not in err, err
 
