@@ -19,8 +19,7 @@ from spac.memory import format_bytes
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "models" / "spac-demo-moe.gguf"
 BIG = ROOT / "build" / "demo" / "spac-demo-1g.gguf"
-QUESTION = "What does the function os.path.join do?"
-PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+PROMPT = "The open() system call opens the file specified by pathname. If the specified file does not exist,"
 BAR_WIDTH = 48
 
 
@@ -45,13 +44,13 @@ def main() -> int:
     reason = limits.unavailable()
     print(f"model   {BIG.relative_to(ROOT)}, {format_bytes(size)}")
     print(f"memory  {format_bytes(memory)}, " + (f"not enforced by the kernel: {reason}" if reason else "enforced by a control group"))
-    print(f"prompt  {QUESTION}\n")
+    print(f"prompt  {PROMPT}\n")
     run = limits.run_limited(command, memory_bytes=None if reason else memory, files=[BIG])
     if run.returncode != 0:
         print(run.stderr, end="", file=sys.stderr)
         return run.returncode if run.returncode > 0 else 1
     result = json.loads(run.stdout)
-    print(result["text"].strip() + "\n")
+    print(f"... {result['text'].strip()}\n")
     print(run.stderr)
     expert = result["expert"]
     print(bar("model", size, size))
