@@ -217,6 +217,24 @@ def terminal(model_path: Path) -> Iterator[Terminal]:
         yield result
 
 
+def test_ctrl_c_stops_the_answer(model_path: Path) -> None:
+    """Interrupted once it streams: tokens drawn evenly from the vocabulary go on for a thousand or so."""
+    even = ("--temp", "100", "--top-k", "0", "--top-p", "1", "--min-p", "0", "--seed", "3")
+    with contextlib.closing(Terminal(model_path, "--paging", "on", "--ctx", "2048", "--memory", "1G", *even)) as terminal:
+        terminal.read_until(">>> ")
+        terminal.send("hi\r")
+        before = len(terminal.text)
+        while len(terminal.text) < before + 100:
+            terminal.text += os.read(terminal.master, 256).decode(errors="replace")
+        terminal.send("\x03")
+        terminal.read_until("(stopped)", timeout_s=20)
+        terminal.text = terminal.text.rpartition("(stopped)")[2]
+        terminal.read_until(">>> ", timeout_s=10)
+        terminal.send("\x04")
+        assert terminal.process.wait(10) == 0
+        assert "Traceback" not in terminal.text
+
+
 def test_ctrl_d_leaves(terminal: Terminal) -> None:
     terminal.read_until(">>> ")
     terminal.send("\x04")

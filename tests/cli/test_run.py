@@ -199,11 +199,6 @@ def test_direct_reads_refused(cli: Cli, model_path: Path) -> None:
 
 def test_a_read_that_fails(cli: Cli, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line with file, offset and reason; nothing computed from absent weights is printed."""
-    begin = control.begin_load
-
-    def begin_and_fail(store: str, n_io_threads: int = 0) -> None:
-        begin(store, n_io_threads)
-
     from spac import seam
 
     check = control.check
@@ -214,7 +209,6 @@ def test_a_read_that_fails(cli: Cli, model_path: Path, monkeypatch: pytest.Monke
         return check(code)
 
     monkeypatch.setattr(seam.control, "check", check_and_fail)
-    monkeypatch.setattr(seam.control, "begin_load", begin_and_fail)
     line = cli("run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on", "--store", "mock").line
     assert "Input/output error" in line
     assert "offset" in line
