@@ -181,8 +181,9 @@ bool buffer_bind_file(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const 
     paged->file        = file;
     paged->offset      = offset;
     tensor->data       = (void *) data;
-    if (library.load_options().repack && b->model->store->id() != SPAC_STORE_MMAP) {  // a mapping of the file stays as it is
-        paged->repacker = Repacker::make(*tensor);
+    if (b->model->store->id() != SPAC_STORE_MMAP) {  // a mapping of the file stays as it is
+        paged->use_huge_pages();
+        paged->repacker = library.load_options().repack ? Repacker::make(*tensor) : nullptr;
         tensor->extra   = paged->repacker ? paged->repacker->traits() : nullptr;
     }
     b->tensors[tensor->data] = paged.get();

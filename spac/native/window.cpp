@@ -1,5 +1,9 @@
 #include "window.h"
 
+#include <cstdio>
+
+#include <sys/mman.h>
+
 namespace spac {
 
 // Is another present slice on this page? Slices may be smaller than a page, so there can be many.
@@ -32,6 +36,28 @@ size_t PagedTensor::own_page_bytes(int expert) const {
     size_t    length;
     own_pages(expert, address, length);
     return length;
+}
+
+// 0: the kernel has none
+static size_t huge_page_size() {
+    size_t size = 0;
+    if (FILE * file = std::fopen("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", "r")) {
+        if (std::fscanf(file, "%zu", &size) != 1) {
+            size = 0;
+        }
+        std::fclose(file);
+    }
+    return size;
+}
+
+void PagedTensor::use_huge_pages() const {
+    static const size_t huge = huge_page_size();
+    for (int e = 0; e < n_experts && huge > 0 && huge <= slice_bytes; ++e) {
+        const uintptr_t begin = (uintptr_t) slice_data(e), first = (begin + huge - 1) / huge * huge, last = (begin + slice_bytes) / huge * huge;
+        if (first < last) {
+            madvise((void *) first, last - first, MADV_HUGEPAGE);
+        }
+    }
 }
 
 size_t PagedTensor::page_bytes(int expert) const {

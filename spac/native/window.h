@@ -63,6 +63,9 @@ struct PagedTensor {
     void own_pages(int expert, uint8_t *& address, size_t & length) const;
     // Bytes of all pages that the slice touches.
     size_t page_bytes(int expert) const;
+    // Lets the kernel use huge pages where one lies within one slice: it comes and goes with the slice, and costs what it holds.
+    // Filling it takes one fault instead of hundreds. For anonymous memory.
+    void use_huge_pages() const;
 
   private:
     bool neighbour_on_page(int expert, uintptr_t page) const;

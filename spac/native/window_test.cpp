@@ -2,8 +2,12 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <cstring>
 #include <random>
 #include <set>
+
+#include <sys/mman.h>
 
 using namespace spac;
 
@@ -102,4 +106,40 @@ TEST_CASE("whatever comes and goes, own pages add up to the pages that present s
             CHECK(good);
         }
     }
+}
+
+TEST_CASE("with huge pages, too, a slice's pages come and go with it") {
+    const size_t slice_bytes = (5 << 20) + 1000, misplaced = 300, n_experts = 4;
+    const size_t n_bytes = (misplaced + n_experts * slice_bytes + page_size() - 1) / page_size() * page_size();
+    auto * window = (uint8_t *) mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    REQUIRE(window != MAP_FAILED);
+    madvise(window, n_bytes, MADV_NOHUGEPAGE);
+    PagedTensor tensor = tensor_of(n_experts, slice_bytes, 0);
+    tensor.data        = window + misplaced;
+    tensor.use_huge_pages();
+    const auto in_memory = [&] {
+        std::vector<unsigned char> pages(n_bytes / page_size());
+        REQUIRE(mincore(window, n_bytes, pages.data()) == 0);
+        return (size_t) std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; }) * page_size();
+    };
+    std::mt19937 random(1);
+    size_t used = 0;
+    for (int step = 0; step < 60; ++step) {
+        const int e = (int) (random() % n_experts);
+        uint8_t * address;
+        size_t    length;
+        if (tensor.present(e)) {
+            tensor.slices[e].state = State::absent;
+            tensor.own_pages(e, address, length);
+            madvise(address, length, MADV_DONTNEED);
+            used -= length;
+        } else {
+            tensor.own_pages(e, address, length);
+            tensor.slices[e].state = State::resident;
+            std::memset(tensor.slice_data(e), 1, slice_bytes);
+            used += length;
+        }
+        CHECK(in_memory() == used);
+    }
+    munmap(window, n_bytes);
 }
