@@ -283,6 +283,7 @@ def run_limited(
     measure: bool = False,
     files: Sequence[Path] = (),
     environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
     timeout_s: float | None = None,
     on_sample: Callable[[], None] | None = None,
 ) -> LimitedRun:
@@ -294,6 +295,7 @@ def run_limited(
         measure: make a group even if nothing is limited, for its figures.
         files: model files; dropped from the page cache first.
         environment: variables to add.
+        folder: where it runs; None: where we are.
         timeout_s: kill it after this long; the returncode is then -9.
         on_sample: called every `SAMPLE_S` while it runs.
 
@@ -314,7 +316,7 @@ def run_limited(
         enter = "".join(f"echo $$ > '{folder}/cgroup.procs' && " for folder in (group.folders if group else ()))
         process = subprocess.Popen(
             ["/bin/sh", "-c", enter + 'exec "$@"', "sh", *command],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(environment or {})}, cwd=folder,
         )  # fmt: skip
         interrupted = timed_out = False
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -129,9 +130,9 @@ class Bench:
             return
         enforced = task.limits.only(*(name for name in task.limits.names() if name not in missing))
         try:
-            record["tuning"] = contender.prepare(task, lambda command: self._limited(command, enforced, task, None))
+            record["tuning"] = contender.prepare(task, lambda command: self._limited(command, enforced, None))
             if self.options.loadgen:
-                task = dataclasses.replace(task, loadgen_folder=str(path.with_suffix("")))
+                task = dataclasses.replace(task, loadgen_folder=str(path.with_suffix("").resolve()))
             self._measured(contender, task, enforced, record)
         except KeyboardInterrupt as e:
             if isinstance(e, RunInterrupted) and "commands" not in record:
@@ -153,7 +154,7 @@ class Bench:
             for command in commands:
                 run, interrupted = None, False
                 try:
-                    run = self._limited(command, enforced, task, meter)
+                    run = self._limited(command, enforced, meter)
                 except RunInterrupted as e:
                     run, interrupted = e.run, True
                 figures = contender.figures(run, command)
@@ -166,7 +167,11 @@ class Bench:
             record["board"] = meter.result()
             record["warnings"] = warnings(record)
 
-    def _limited(self, command: Command, enforced: Limits, task: Task, meter: Meter | None) -> LimitedRun:
+    def _limited(self, command: Command, enforced: Limits, meter: Meter | None) -> LimitedRun:
+        with tempfile.TemporaryDirectory() as folder:  # some peers leave a log where they run
+            return self._run(command, enforced, meter, Path(folder))
+
+    def _run(self, command: Command, enforced: Limits, meter: Meter | None, folder: Path) -> LimitedRun:
         return cgroups.run_limited(
             command.arguments,
             memory_bytes=enforced.memory_bytes,
@@ -177,6 +182,7 @@ class Bench:
             measure=self._measure,
             files=self.options.parts,
             environment=command.environment,
+            folder=folder,
             timeout_s=self.options.timeout_s,
             on_sample=meter.sample if meter else None,
         )
@@ -250,10 +256,10 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def short_names(model: Path, peers: Sequence[Path]) -> dict[str, str]:
+def short_names(paths: Sequence[Path]) -> dict[str, str]:
     """What stands for this machine's paths in records: the project's own are relative, others only named."""
     found = {f"{records.ROOT}{os.sep}": "", str(records.ROOT): "."}
-    for path in (model, *peers):
+    for path in paths:
         if path.is_absolute() and not path.is_relative_to(records.ROOT):
             found[str(path)] = f"PATH/{path.name}"
     return found

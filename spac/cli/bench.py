@@ -89,7 +89,7 @@ def bench(
     from spac.bench import runner
     from spac.gguf_check import check_model
 
-    parts = tuple(Path(part) for part in check_model(model).parts)
+    parts = tuple(Path(part).resolve() for part in check_model(model).parts)
     if suite is not None and (profile or memory or read):
         raise typer.BadParameter("a suite has its own limits: give it alone, or --profile, --memory and --read")
     overrides = {
@@ -124,7 +124,7 @@ def bench(
             resume=resume,
             loadgen=loadgen,
             command=shlex.join(["spac", *sys.argv[1:]]),
-            short=runner.short_names(parts[0].resolve(), list(paths.values())) | runner.short_names(parts[0], []),
+            short=runner.short_names([Path(model), parts[0], out, out.resolve(), *paths.values()]),
         )
     )
     code = 0
