@@ -17,7 +17,7 @@ COMPILE     := cmake --build
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: native .venv/.spac-installed ## everything that `.venv/bin/spac` needs, with upstream compiled for this machine
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from spac.bench.contender import Command, Contender, Spec, Task, TryRun
+from spac.bench.record import decode_tokens_per_s
 from spac.errors import OptionError, SpacError
 from spac.limits import LimitedRun
 from spac.memory import MIB
@@ -80,6 +81,12 @@ def check_binary(binary: Path, title: str, sign: str) -> None:
         raise SpacError(f"{binary}: its help does not name {sign}: not a {title} binary, or too old a one")
 
 
+TRIAL_TOKENS: Final = 16
+
+# What the search has found in this process, by binary, model and limit, and what it tried: one search for all rows of a limit.
+_found: dict[tuple[str, str, int], tuple[int, list[tuple[int, float]]]] = {}
+
+
 class BigMoe(Peer):
     """BigMoeOnEdge: an expert cache in memory. `predict`: with `--predict-prefetch`; `cache=MIB`: instead of searching."""
 
@@ -94,7 +101,6 @@ class BigMoe(Peer):
             raise OptionError(f"contender {spec.text!r}: cache is {cache!r}, expected a number of MiB")
         self.predict = "predict" in spec.words
         self.given = int(cache) if cache is not None else None
-        self.found: dict[tuple[str, int], int] = {}  # what the search found, by model and limit
 
     def environment(self) -> dict[str, str]:
         return {"OMP_WAIT_POLICY": "passive"}  # else OpenMP's spinning starves its reading threads, and it is slower
@@ -107,25 +113,29 @@ class BigMoe(Peer):
     def prepare(self, task: Task, run: TryRun) -> dict[str, Any]:
         if self.given is not None:
             return {"cache_mib": self.given}
-        key = (str(task.model), task.limits.memory_bytes or 0)
-        tried: dict[int, float] = {}
-        if key not in self.found:
-            def speed(cache_mib: int) -> float:
-                command = Command(self.command(task, task.prompts[0].text, cache_mib), self.environment(), task.prompts[:1])
-                figures = self.figures(run(command), command)
-                tried[cache_mib] = sum(len(p["token_s"]) for p in figures["prompts"]) / max(
-                    sum(sum(p["token_s"]) for p in figures["prompts"]), 1e-9
-                ) if figures["complete"] else 0.0  # fmt: skip
-                return tried[cache_mib]
+        if self._key(task) not in _found:
+            tried: list[tuple[int, float]] = []
 
-            self.found[key] = best_cache(candidates(task), speed)
-        return {"cache_mib": self.found[key], "tried_tokens_per_s": tried}
+            def speed(cache_mib: int, *, short: bool = True) -> float:
+                arguments = self.command(task, task.prompts[0].text, cache_mib)
+                if short:
+                    where = arguments.index("-n") + 1
+                    arguments[where] = str(min(int(arguments[where]), TRIAL_TOKENS))
+                command = Command(arguments, self.environment(), task.prompts[:1])
+                figures = self.figures(run(command), command)
+                tried.append((cache_mib, (decode_tokens_per_s(figures) or 0.0) if figures["complete"] else 0.0))
+                return tried[-1][1]
+
+            _found[self._key(task)] = best_cache(candidates(task), speed, lambda size: speed(size, short=False) > 0), tried
+        cache_mib, tried = _found[self._key(task)]
+        return {"cache_mib": cache_mib, "tried_tokens_per_s": tried}
+
+    def _key(self, task: Task) -> tuple[str, str, int]:
+        return str(self.binary), str(task.model), task.limits.memory_bytes or 0
 
     def command(self, task: Task, text: str, cache_mib: int | None = None) -> list[str]:
         if cache_mib is None:
-            cache_mib = self.given if self.given is not None else self.found.get((str(task.model), task.limits.memory_bytes or 0))
-        if cache_mib is None:
-            cache_mib = candidates(task)[0]
+            cache_mib = self.given if self.given is not None else _found[self._key(task)][0]
         return [
             *self.common(task, text), "--moe-stream", "--overlap", "--dense-weights", "anon", "--io-threads", "8",
             "--cache-mb", str(cache_mib), "--force-cache", "--ubatch", str(min(64, task.row.ubatch)), "--progress",
@@ -173,23 +183,28 @@ def candidates(task: Task) -> list[int]:
     return found
 
 
-def best_cache(sizes: Sequence[int], speed: Callable[[int], float]) -> int:
+def best_cache(sizes: Sequence[int], speed: Callable[[int], float], survives: Callable[[int], bool]) -> int:
     """The fastest size, walking from the first one up while that helps, else down; a size that dies has speed 0.
 
-    A larger cache hits more often, until the process comes near its limit and thrashes or is killed.
+    A larger cache hits more often, until the process comes near its limit and thrashes or is killed, now and then only: so
+    the best one must survive a longer run, or the next best is taken.
     """
     start = sizes[0]
-    best, best_speed = start, speed(start)
+    speeds = {start: speed(start)}
+    best = start
     up, down = sorted(s for s in sizes if s > start), sorted((s for s in sizes if s < start), reverse=True)
     for walk in (up, down):
         for size in walk:
-            now = speed(size)
-            if now <= best_speed:
+            speeds[size] = speed(size)
+            if speeds[size] <= speeds[best]:
                 break
-            best, best_speed = size, now
+            best = size
         if best != start:
             break
-    return best
+    for size in sorted(speeds, key=lambda s: -speeds[s]):
+        if speeds[size] > 0 and survives(size):
+            return size
+    return min(speeds)
 
 
 class _LlamaCli(Peer):

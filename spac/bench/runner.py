@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -41,6 +42,7 @@ class Options:
         prompts: to choose from; empty: the fixed text.
         prompts_per_run: how many one run reads.
         folder: for the records.
+        threads: 0: one for each core that a row leaves.
         timeout_s: of a run; what it has done by then counts.
         resume: keep complete records that are there already, and do the rest.
         loadgen: let LoadGen drive the engines that can be driven.
@@ -79,7 +81,7 @@ class Bench:
         self.model_bytes = sum(path.stat().st_size for path in options.parts)
         self._constant = {
             "format": records.FORMAT, "model": records.model_facts(options.parts), "machine": records.machine(),
-            "versions": records.versions(), "commit": records.commit(), "bench_command": options.command, "threads": options.threads,
+            "versions": records.versions(), "commit": records.commit(), "bench_command": options.command,
             "profile": dataclasses.asdict(options.profile) if options.profile else None,
         }  # fmt: skip
         self._measure = cgroups.unavailable() is None
@@ -96,6 +98,13 @@ class Bench:
 
     def run(self) -> None:
         """All rows."""
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us, the group and the child go too
+        try:
+            self._rows()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _rows(self) -> None:
         for row, contenders in self.options.rows:
             asked = row.limits(self.model_bytes)
             missing = cgroups.unenforceable(asked, self.options.parts)
@@ -112,7 +121,8 @@ class Bench:
     def _task(self, row: Row, asked: Limits, repeat: int) -> Task:
         options, n = self.options, self.options.prompts_per_run
         chosen = tuple(options.prompts[(repeat * n + i) % len(options.prompts)] for i in range(n)) if options.prompts else (FIXED,)
-        return Task(options.parts[0], self.model_bytes, row, asked, options.threads, chosen)
+        threads = options.threads or asked.cores or default_threads()
+        return Task(options.parts[0], self.model_bytes, row, asked, threads, chosen)
 
     # -- one run --
 
@@ -120,7 +130,8 @@ class Bench:
         path = self.options.folder / "runs" / records.file_name(self._number, task.row.name, contender.name, repeat)
         record: dict[str, Any] = {
             **self._constant, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "row": dataclasses.asdict(task.row), "contender": contender.name,
-            "repeat": repeat, "limits": dataclasses.asdict(task.limits), "not_enforced": missing, "complete": False, "prompts": [],
+            "repeat": repeat, "threads": task.threads, "limits": dataclasses.asdict(task.limits), "not_enforced": missing,
+            "load_average": os.getloadavg()[0], "complete": False, "prompts": [],
         }  # fmt: skip
         label = f"[{self._number}/{self._total}] {task.row.name}: {contender.name}"
         reason = contender.skip(task)
@@ -129,6 +140,7 @@ class Bench:
             note(f"{label}: left out: {reason}")
             return
         enforced = task.limits.only(*(name for name in task.limits.names() if name not in missing))
+        self._save(path, record)  # what a bench that is killed leaves: marked incomplete
         try:
             record["tuning"] = contender.prepare(task, lambda command: self._limited(command, enforced, None))
             if self.options.loadgen:
@@ -228,6 +240,9 @@ def warnings(record: dict[str, Any]) -> list[str]:
     own, device = record.get("expert", {}).get("bytes_read"), record.get("device_read_bytes")
     if own and device is not None and not record["row"]["warm"] and device < 0.95 * own:
         found.append(f"the disk counted {device} bytes, the pager {own}: reads came from a cache")
+    process = record.get("process_read_bytes")
+    if process and device is not None and device > 1.1 * process + 100e6:
+        found.append(f"others read {(device - process) / 1e9:.2f} GB from the disk meanwhile: not quiet")
     if (record.get("cached_before_bytes") or 0) > 0.01 * record["model"]["bytes"]:
         found.append(f"{record['cached_before_bytes']} bytes of the model were still cached at the start: not cold")
     peak, limit = record.get("peak_bytes"), record["limits"]["memory_bytes"]

@@ -145,13 +145,22 @@ class Engine:
         from spac.limits import device_read_bytes
 
         found: dict[str, float] = {"eval_s": self.eval_s, "cpu_s": time.process_time()}
-        read = device_read_bytes(self.device)
-        if read is not None:
-            found["device_read_bytes"] = read
+        for name, value in (("device_read_bytes", device_read_bytes(self.device)), ("process_read_bytes", process_read_bytes())):
+            if value is not None:
+                found[name] = value
         stats = self.llama.spac.stats() if self.config["engine"] == "spac" else None
         if stats is not None:
             found.update({k: v for k, v in dataclasses.asdict(stats).items() if isinstance(v, int | float)})
         return found
+
+
+def process_read_bytes() -> int | None:
+    """What the kernel has read from disks for this process (proc(5), /proc/pid/io), page faults included."""
+    try:
+        fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    except OSError:
+        return None
+    return int(fields["read_bytes"])
 
 
 GAUGES: Final = ("budget_bytes", "used_bytes", "peak_bytes", "model_used_bytes")  # not counters: no differences of these
@@ -198,7 +207,7 @@ def summary(engine: Engine) -> dict[str, Any]:
     """What is known at the end."""
     from spac.memory import peak_resident_bytes
 
-    found: dict[str, Any] = {"cpu_s": time.process_time(), "peak_rss_bytes": peak_resident_bytes()}
+    found: dict[str, Any] = {"peak_rss_bytes": peak_resident_bytes(), "process_read_bytes": process_read_bytes()}
     if engine.config["engine"] == "spac":
         handle = engine.llama.spac
         stats, info = handle.stats(), handle.info()

@@ -117,7 +117,7 @@ def bench(
             prompts=tuple(prompt_files.load(_split(kind), prompts)) if own_prompts else (),
             prompts_per_run=prompts_per_run,
             repeats=repeats,
-            threads=threads or runner.default_threads(),
+            threads=threads,
             folder=folder,
             timeout_s=timeout,
             profile=device,

@@ -169,6 +169,7 @@ def test_peers_sit_out_what_they_cannot_do(script: Script, model_path: Path) -> 
         ({200: 5.0, 140: 6.0, 100: 7.0, 300: 0.0, 400: 9.0}, 100, [200, 300, 140, 100]),  # larger dies, smaller is better
         ({200: 5.0, 140: 4.0, 100: 7.0, 300: 4.0, 400: 9.0}, 200, [200, 300, 140]),
         ({200: 5.0}, 200, [200]),
+        ({200: 0.0, 140: 0.0}, 140, [200, 140]),  # nothing lives: the smallest, and the record will say why
     ],
 )
 def test_the_search_for_the_best_cache(speeds: dict[int, float], best: int, tried: list[int]) -> None:
@@ -178,11 +179,16 @@ def test_the_search_for_the_best_cache(speeds: dict[int, float], best: int, trie
         asked.append(size)
         return speeds[size]
 
-    assert peers.best_cache(list(speeds), speed) == best
+    assert peers.best_cache(list(speeds), speed, lambda _: True) == best
     assert asked == tried
 
 
-def test_the_search_is_made_once_for_a_limit(script: Script, model_path: Path) -> None:
+def test_a_cache_that_dies_now_and_then_is_not_the_best() -> None:
+    """300 is the fastest, and is killed in a longer run."""
+    assert peers.best_cache([200, 300, 400], {200: 5.0, 300: 6.0, 400: 0.0}.__getitem__, lambda size: size != 300) == 200
+
+
+def test_the_search_is_made_once_for_a_limit(script: Script, model_path: Path, tmp_path: Path) -> None:
     made = make("bigmoe", {"bigmoe": script("--moe-stream")}, {})
     assert made is not None
     runs: list[str] = []
@@ -195,7 +201,9 @@ def test_the_search_is_made_once_for_a_limit(script: Script, model_path: Path) -
     n = len(runs)
     assert n > 0
     assert str(first["cache_mib"]) in runs
-    assert made.prepare(task(model_path, 400 * MIB), run)["cache_mib"] == first["cache_mib"]
+    predicting = make("bigmoe:predict", {"bigmoe": tmp_path / "peer"}, {})
+    assert predicting is not None
+    assert predicting.prepare(task(model_path, 400 * MIB), run) == first
     assert len(runs) == n
     assert f"--cache-mb {first['cache_mib']} " in " ".join(made.commands(task(model_path, 400 * MIB))[0].arguments)
 
