@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spac.bench import record as records
 from spac.bench import suite
-from spac.bench.record import Record
+from spac.bench.record import Record, write_whole
 from spac.bench.report import Groups, group, median, usable
 
 
@@ -31,8 +32,10 @@ def draw(found: Sequence[Record], folder: Path) -> list[Path]:
     ):  # fmt: skip
         figure = function(groups)
         if figure is not None:
+            image = io.BytesIO()  # so that a full disk leaves no part of one
+            figure.savefig(image, dpi=110, format="png")
             path = folder / f"{name}.png"
-            figure.savefig(path, dpi=110)
+            write_whole(path, image.getvalue())
             drawn.append(path)
     return drawn
 

@@ -116,14 +116,26 @@ def write(path: Path, record: Record, short: Mapping[str, str]) -> None:
     text = json.dumps(record, indent=1, ensure_ascii=False)
     for long, name in sorted(short.items(), key=lambda item: -len(item[0])):
         text = text.replace(long, name)
-    partial = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n")
-        partial.replace(path)
+        write_whole(path, (text + "\n").encode())
     except OSError as e:
-        partial.unlink(missing_ok=True)
         raise SpacError(f"{path}: cannot be written: {e.strerror or e}") from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file, or leaves what was there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_suffix(".part")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_folder(folder: Path) -> list[Record]:

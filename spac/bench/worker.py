@@ -163,6 +163,12 @@ def process_read_bytes() -> int | None:
     return int(fields["read_bytes"])
 
 
+def locked_bytes() -> int:
+    """What of this process cannot be paged out (proc(5), VmLck)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmLck:")), 0)
+
+
 GAUGES: Final = ("budget_bytes", "used_bytes", "peak_bytes", "model_used_bytes")  # not counters: no differences of these
 
 
@@ -208,6 +214,8 @@ def summary(engine: Engine) -> dict[str, Any]:
     from spac.memory import peak_resident_bytes
 
     found: dict[str, Any] = {"peak_rss_bytes": peak_resident_bytes(), "process_read_bytes": process_read_bytes()}
+    if engine.config["arguments"].get("load_mode") == "mlock":
+        found["locked_bytes"] = locked_bytes()
     if engine.config["engine"] == "spac":
         handle = engine.llama.spac
         stats, info = handle.stats(), handle.info()

@@ -208,12 +208,12 @@ def write_report(folder: Path) -> str:
         SpacError: a file cannot be written.
     """
     from spac.bench import plots, report
-    from spac.bench.record import read_folder
+    from spac.bench.record import read_folder, write_whole
 
     found = read_folder(folder)
     text = report.markdown(found)
     try:
-        (folder / "table.md").write_text(text)
+        write_whole(folder / "table.md", text.encode())
         if plots.available():
             plots.draw([r for r in found if shown(r)], folder)
         else:

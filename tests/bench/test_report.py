@@ -159,7 +159,7 @@ def test_a_record_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(SpacError, match=r"x\.json: cannot be written: No space left"):
         record.write(tmp_path / "x.json", {}, {})
     assert list(tmp_path.iterdir()) == []
