@@ -25,7 +25,7 @@ from spac.errors import (
 )
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 EVENT_MAX_EXPERTS: Final = 32
 IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
@@ -41,13 +41,19 @@ E_MEMORY: Final = -7
 STORES: Final = {"auto": 0, "direct": 1, "buffered": 2, "mmap": 3, "mock": 4}
 
 
-# typedef struct spac_options { uint64_t struct_size; int32_t store; int32_t n_io_threads; } spac_options;
+# typedef struct spac_options { uint64_t struct_size; int32_t store, n_io_threads, repack, reserved; } spac_options;
 class Options(ctypes.Structure):
-    _fields_ = (("struct_size", ctypes.c_uint64), ("store", ctypes.c_int32), ("n_io_threads", ctypes.c_int32))
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("store", ctypes.c_int32),
+        ("n_io_threads", ctypes.c_int32),
+        ("repack", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
 
 
 # typedef struct spac_info { uint64_t struct_size, expert_bytes, expert_page_bytes, max_bundle_bytes, floor_bytes;
-#                            int32_t n_layers, n_experts, n_tensors, store; } spac_info;
+#                            int32_t n_layers, n_experts, n_tensors, n_repacked, store, reserved; } spac_info;
 class Info(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint64),
@@ -58,7 +64,9 @@ class Info(ctypes.Structure):
         ("n_layers", ctypes.c_int32),
         ("n_experts", ctypes.c_int32),
         ("n_tensors", ctypes.c_int32),
+        ("n_repacked", ctypes.c_int32),
         ("store", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     )
 
 
@@ -342,18 +350,21 @@ def abort_callback_address() -> int:
     return address
 
 
-def begin_load(store: str, n_io_threads: int = 0) -> None:
-    """Page the expert tensors of the model that this thread loads next; `store` is a key of `STORES`."""
+def begin_load(store: str, n_io_threads: int = 0, repack: bool = False) -> None:
+    """Page the expert tensors of the model that this thread loads next; `store` is a key of `STORES`.
+
+    `repack`: rearrange weights, as they are read, for the CPU's faster kernels; not with the store "mmap".
+    """
     if store not in STORES:
         raise OptionError(f"store {store!r} does not exist: use one of {', '.join(name for name in STORES if name != 'mock')}")
-    check(spac_load_begin(ctypes.byref(Options(ctypes.sizeof(Options), STORES[store], n_io_threads))))
+    check(spac_load_begin(ctypes.byref(Options(ctypes.sizeof(Options), STORES[store], n_io_threads, repack))))
 
 
 def model_info(model: int) -> ModelInfo:
     raw = _sized(Info)
     check(spac_model_info(model, ctypes.byref(raw)))
     names = {number: name for name, number in STORES.items()}
-    fields = {name: getattr(raw, name) for name, *_ in Info._fields_[1:-1]}
+    fields = {name: getattr(raw, name) for name, *_ in Info._fields_[1:-2]}
     return ModelInfo(**fields, store=names.get(raw.store, str(raw.store)))
 
 

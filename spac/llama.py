@@ -137,6 +137,8 @@ class Llama(llama_cpp.Llama):
         paging: "auto" pages if the model does not fit, "on" always, "off" never: stock loading, `memory` not enforced.
         store: how experts are read: "auto", "direct" (O_DIRECT), "buffered" or "mmap" (the limit is then best effort).
         n_io_threads: reads in flight; 0: libspac's default.
+        repack: weights are rearranged for the CPU's faster kernels, as llama.cpp does by default: dense ones when they are
+            loaded, paged experts each time that they are read (not with the store "mmap"). False is llama.cpp's --no-repack.
         on_progress: called while loading with 0.0 to 1.0; False cancels.
 
     Raises:
@@ -153,11 +155,12 @@ class Llama(llama_cpp.Llama):
         paging: Paging = "auto",
         store: str = "auto",
         n_io_threads: int = 0,
+        repack: bool = True,
         on_progress: Callable[[float], bool] | None = None,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() may be called on what was never finished
-        self._spac_arguments = {"memory": memory, "paging": paging, "store": store, "n_io_threads": n_io_threads}
+        self._spac_arguments = {"memory": memory, "paging": paging, "store": store, "n_io_threads": n_io_threads, "repack": repack}
         self._prepare_arguments(memory, paging, store, kwargs)
         path = os.fspath(model_path)
         facts = check_model(path)
@@ -199,6 +202,7 @@ class Llama(llama_cpp.Llama):
 
     def _make_model(self, *, path_model: str, params: Any, verbose: bool) -> seam.Model:
         arguments = self._spac_arguments
+        params.use_extra_bufts = params.use_extra_bufts and bool(arguments["repack"])
         paged = False
         if arguments["paging"] != "off" and not params.vocab_only:
             memory.tame_malloc()

@@ -89,7 +89,7 @@ class Model(_StockModel):  # type: ignore[misc]
         if store is not None:
             self._overrides = expert_overrides()
             params.tensor_buft_overrides = ctypes.addressof(self._overrides)
-            control.begin_load(store, n_io_threads)
+            control.begin_load(store, n_io_threads, repack=params.use_extra_bufts)
         log.forget_error()
         loaded = False
         try:

@@ -17,6 +17,7 @@ class ModelInfo:
         n_layers: layers that have experts.
         n_experts: experts in such a layer.
         n_tensors: paged tensors.
+        n_repacked: of which slices are repacked, when they are read, for the CPU's faster kernels.
         store: how experts are read: "direct", "buffered", "mmap" or "mock".
     """
 
@@ -27,6 +28,7 @@ class ModelInfo:
     n_layers: int
     n_experts: int
     n_tensors: int
+    n_repacked: int
     store: str
 
 

@@ -1,7 +1,7 @@
 """Paging is bit-exact: the same library, with and without it, gives the same logits.
 
 Every case compares all logits of a 320-token prompt (enough rows for each expert that batched kernels take over) and of
-twelve greedy tokens after it. llama.cpp's repacking is off in both, since a repacked kernel rounds differently.
+twelve greedy tokens after it. Both sides repack weights, or neither does: repacked kernels round differently.
 """
 
 from __future__ import annotations
@@ -21,23 +21,10 @@ from spac.stats import ModelStats
 N_PROMPT, N_DECODED = 320, 12
 SHARES = [1.0, 0.5, 0.25, 0.12, 0.0]  # of all experts; 0: the floor
 TYPES = ["F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL", "MXFP4"]
+REPACKED_TYPES = ["Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL", "MXFP4"]  # on some CPU
 
 Logits = npt.NDArray[np.float32]
 Reference = Callable[..., Logits]
-
-
-@pytest.fixture(autouse=True)
-def _no_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    import llama_cpp.llama_cpp as upstream
-
-    stock = upstream.llama_model_default_params
-
-    def params() -> object:
-        result = stock()
-        result.use_extra_bufts = False
-        return result
-
-    monkeypatch.setattr(upstream, "llama_model_default_params", params)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +54,8 @@ def evaluate(llama: spac.Llama) -> Logits:
 
 
 def load(path: Path, **options: object) -> spac.Llama:
-    return spac.Llama(path, **{"n_ctx": 512, "logits_all": True, "verbose": False, "n_threads": 2, **options})  # type: ignore[arg-type]
+    defaults = {"n_ctx": 512, "logits_all": True, "verbose": False, "n_threads": 2, "repack": False}
+    return spac.Llama(path, **{**defaults, **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +102,32 @@ def test_types_and_budgets(model_of: Callable[[str], Path], reference: Reference
 
 
 @pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("expert_type", REPACKED_TYPES)
+def test_repacked(model_of: Callable[[str], Path], reference: Reference, expert_type: str, share: float) -> None:
+    """Experts that are repacked when they are read are those of a model that llama.cpp repacked while loading."""
+    logits, stats = paged(model_of(expert_type), share, repack=True)
+    assert np.array_equal(logits, reference(expert_type, repack=True))
+    assert stats.misses > 0
+
+
+def test_what_is_repacked(model_of: Callable[[str], Path], reference: Reference) -> None:
+    """On a CPU that has kernels for it, Q4_0 is repacked, and rounds differently; F16 and a mapped file never are."""
+
+    def n_repacked(expert_type: str, **options: object) -> int:
+        llama = load(model_of(expert_type), memory="8G", paging="on", **options)
+        info = llama.spac.info()
+        llama.close()
+        assert info is not None
+        return info.n_repacked
+
+    assert n_repacked("Q4_0", repack=False) == 0
+    assert n_repacked("Q4_0", repack=True, store="mmap") == 0
+    assert n_repacked("F16", repack=True) == 0
+    if n_repacked("Q4_0", repack=True):
+        assert not np.array_equal(reference("Q4_0", repack=True), reference("Q4_0"))
+
+
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("store", ["buffered", "mmap"])
 def test_stores(model_of: Callable[[str], Path], reference: Reference, store: str, share: float) -> None:
     logits, _ = paged(model_of("Q4_0"), share, store=store)
@@ -122,10 +136,11 @@ def test_stores(model_of: Callable[[str], Path], reference: Reference, store: st
 
 @pytest.mark.parametrize("share", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("n_ubatch", [1, 32, 512])
-def test_ubatches(model_of: Callable[[str], Path], reference: Reference, n_ubatch: int, share: float) -> None:
+@pytest.mark.parametrize("repack", [False, True])
+def test_ubatches(model_of: Callable[[str], Path], reference: Reference, repack: bool, n_ubatch: int, share: float) -> None:
     """Waves: below the working set of a ubatch, slices come and go within it."""
-    logits, stats = paged(model_of("Q4_K"), share, n_ubatch=n_ubatch)
-    assert np.array_equal(logits, reference("Q4_K", n_ubatch=n_ubatch))
+    logits, stats = paged(model_of("Q4_K"), share, n_ubatch=n_ubatch, repack=repack)
+    assert np.array_equal(logits, reference("Q4_K", n_ubatch=n_ubatch, repack=repack))
     if share < 1:
         assert stats.evictions > 0
         assert stats.rereads > 0
@@ -133,9 +148,10 @@ def test_ubatches(model_of: Callable[[str], Path], reference: Reference, n_ubatc
 
 @pytest.mark.parametrize("share", [0.25, 0.0])
 @pytest.mark.parametrize("n_threads", [1, 2, 4])
-def test_threads(model_of: Callable[[str], Path], reference: Reference, n_threads: int, share: float) -> None:
-    logits, _ = paged(model_of("Q4_0"), share, n_threads=n_threads)
-    assert np.array_equal(logits, reference("Q4_0", n_threads=n_threads))
+@pytest.mark.parametrize("repack", [False, True])
+def test_threads(model_of: Callable[[str], Path], reference: Reference, repack: bool, n_threads: int, share: float) -> None:
+    logits, _ = paged(model_of("Q4_0"), share, n_threads=n_threads, repack=repack)
+    assert np.array_equal(logits, reference("Q4_0", n_threads=n_threads, repack=repack))
 
 
 def test_split_files(model_path: Path, reference: Reference, tmp_path: Path) -> None:

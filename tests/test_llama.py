@@ -57,21 +57,9 @@ def ids(llama: Any, n: int = 16, text: str = PROMPT) -> list[int]:
 # -- the same as llama_cpp.Llama --
 
 
-def test_text_is_that_of_stock(model_path: Path, llama: spac.Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stock class of the same library, unpaged and not repacked, writes the same tokens."""
-    import llama_cpp.llama_cpp as upstream
-
-    defaults = upstream.llama_model_default_params
-
-    def without_repacking() -> Any:
-        params = defaults()
-        params.use_extra_bufts = False
-        return params
-
-    expected_class = llama_cpp.Llama
-    with monkeypatch.context() as patch:
-        patch.setattr(upstream, "llama_model_default_params", without_repacking)
-        stock = expected_class(str(model_path), flash_attn=True, n_threads_batch=2, **OPTIONS)
+def test_text_is_that_of_stock(model_path: Path, llama: spac.Llama) -> None:
+    """The stock class of the same library, with its defaults (all in memory, repacked), writes the same tokens."""
+    stock = llama_cpp.Llama(str(model_path), flash_attn=True, n_threads_batch=2, **OPTIONS)
     expected = ids(stock)
     stock.close()
     assert ids(llama) == expected

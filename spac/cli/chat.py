@@ -44,11 +44,12 @@ def chat(
     seed: opt.Seed = None,
     store: opt.StoreOption = "auto",
     paging: opt.PagingOption = opt.Paging.auto,
+    repack: opt.Repack = True,
     stats: opt.Stats = False,
     debug: opt.Debug = False,
 ) -> int:
     """Chat with a model. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves."""
-    llama, load_s = opt.load(opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, debug))
+    llama, load_s = opt.load(opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug))
     from spac.cli.conversation import Conversation
     from spac.generate import Sampling
 

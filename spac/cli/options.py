@@ -68,6 +68,9 @@ StoreOption = Annotated[
     ),
 ]
 PagingOption = Annotated[Paging, typer.Option(help="Page experts: if the model does not fit, always, or never (no limit then).")]
+Repack = Annotated[
+    bool, typer.Option("--repack/--no-repack", help="Rearrange weights for the CPU's faster kernels, as llama.cpp does by default.")
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Show timings and what paging did, on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show llama.cpp's log, and tracebacks.")]
 
@@ -83,6 +86,7 @@ class LoadOptions:
     threads: int
     store: str
     paging: Paging
+    repack: bool
     debug: bool
 
 
@@ -113,6 +117,7 @@ def load(options: LoadOptions) -> tuple[Llama, float]:
                 memory=options.memory,
                 paging=options.paging.value,
                 store=options.store,
+                repack=options.repack,
                 on_progress=on_progress,
                 n_ctx=options.ctx,
                 n_batch=max(512, options.ubatch or 0),

@@ -37,13 +37,14 @@ def run(
     seed: opt.Seed = None,
     store: opt.StoreOption = "auto",
     paging: opt.PagingOption = opt.Paging.auto,
+    repack: opt.Repack = True,
     stats: opt.Stats = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer.")] = False,
     debug: opt.Debug = False,
 ) -> int:
     """Continue a prompt."""
     text = read_prompt(prompt, file)
-    llama, load_s = opt.load(opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, debug))
+    llama, load_s = opt.load(opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug))
     from spac.generate import Sampling, generate, tokenize
 
     sampling = Sampling(temp, top_k, top_p, min_p, seed)

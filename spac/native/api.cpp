@@ -118,6 +118,7 @@ int spac_model_info(int id, spac_info * info) {
     info->n_layers          = (int32_t) model->groups.size();
     info->n_experts         = model->n_experts;
     info->n_tensors         = (int32_t) model->tensors.size();
+    info->n_repacked        = (int32_t) std::count_if(model->tensors.begin(), model->tensors.end(), [](auto & t) { return !!t->repacker; });
     info->store             = model->store->id();
     return SPAC_OK;
 }

@@ -181,6 +181,10 @@ bool buffer_bind_file(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const 
     paged->file        = file;
     paged->offset      = offset;
     tensor->data       = (void *) data;
+    if (library.load_options().repack && b->model->store->id() != SPAC_STORE_MMAP) {  // a mapping of the file stays as it is
+        paged->repacker = Repacker::make(*tensor);
+        tensor->extra   = paged->repacker ? paged->repacker->traits() : nullptr;
+    }
     b->tensors[tensor->data] = paged.get();
     b->model->tensors.push_back(std::move(paged));
     return true;
@@ -246,8 +250,12 @@ class PagedBufferType : public ggml::cpu::extra_buffer_type {
         return op->op == GGML_OP_MUL_MAT_ID && weights && weights->buffer && weights->buffer->buft == buffer_type() &&
                (weights->buffer->size > 0 || weights->buffer->usage == GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     }
-    // Stock kernels do all the arithmetic.
-    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor *) override { return nullptr; }
+    // Stock kernels do all the arithmetic: those for repacked weights, or, without traits, the plain ones.
+    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        const ggml_tensor * weights = op->op == GGML_OP_MUL_MAT_ID ? op->src[0] : nullptr;
+        return weights && weights->buffer && weights->buffer->buft == buffer_type() ? (ggml::cpu::tensor_traits *) weights->extra :
+                                                                                        nullptr;
+    }
 };
 
 //
@@ -334,6 +342,7 @@ int register_buffer_type() {
         /* .context = */ new PagedBufferType,
     };
     static const ggml_mul_mat_id_callbacks callbacks = { on_begin_op, on_begin_expert, on_end_expert };
+    Repacker::find(cpu);
     register_buft(&type);
     set_callbacks(&callbacks);
     registered = &type;

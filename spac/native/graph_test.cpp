@@ -48,6 +48,19 @@ struct WeightFile {
     ~WeightFile() { unlink(path.c_str()); }
 };
 
+// upstream's own: it rearranges a tensor's weights when they are set
+ggml_backend_buffer_type_t repack_buffer_type() {
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    auto get_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu),
+                                                                                              "ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * buft = get_bufts(cpu); *buft; ++buft) {
+        if (std::string(ggml_backend_buft_name(*buft)) == "CPU_REPACK") {
+            return *buft;
+        }
+    }
+    return nullptr;
+}
+
 struct Graph {
     std::unique_ptr<ggml_context, decltype(&ggml_free)> context{ nullptr, ggml_free };
     ggml_backend_buffer_t            weights_buffer = nullptr, data_buffer = nullptr;
@@ -55,8 +68,8 @@ struct Graph {
     ggml_tensor *                    input = nullptr, * ids = nullptr;
     int                              model = 0;
 
-    // store: SPAC_STORE_*, or -1 for plain memory
-    Graph(const WeightFile & file, ggml_type type, int n_tokens, int store) {
+    // store: SPAC_STORE_*, or -1 for weights that stay in memory
+    Graph(const WeightFile & file, ggml_type type, int n_tokens, int store, bool repack) {
         context.reset(ggml_init({ 512 * 1024, nullptr, true }));
         std::vector<ggml_tensor *> weights;
         for (int layer = 0; layer < n_layers; ++layer) {
@@ -65,12 +78,14 @@ struct Graph {
                 ggml_format_name(weights.back(), "blk.%d.ffn_%s_exps.weight", layer, part);
             }
         }
-        auto * buft = store < 0 ? ggml_backend_cpu_buffer_type() : (ggml_backend_buffer_type_t) spac_buffer_type();
+        auto * buft = store >= 0 ? (ggml_backend_buffer_type_t) spac_buffer_type() :
+                      repack     ? repack_buffer_type() :
+                                   ggml_backend_cpu_buffer_type();
         size_t size = 0;
         for (ggml_tensor * weight : weights) {
             size += ggml_backend_buft_get_alloc_size(buft, weight);
         }
-        const spac_options options = { sizeof(spac_options), store, 3 };
+        const spac_options options = { sizeof(spac_options), store, 3, repack, 0 };
         if (store >= 0) {
             REQUIRE(spac_load_begin(&options) == SPAC_OK);
         }
@@ -80,7 +95,7 @@ struct Graph {
             ggml_backend_tensor_alloc(weights_buffer, weights[i], at);
             at += ggml_backend_buft_get_alloc_size(buft, weights[i]);
             if (store < 0) {
-                std::memcpy(weights[i]->data, file.bytes.data() + i * file.tensor_bytes, file.tensor_bytes);
+                ggml_backend_tensor_set(weights[i], file.bytes.data() + i * file.tensor_bytes, 0, file.tensor_bytes);
             } else {
                 REQUIRE(ggml_backend_tensor_bind_file(weights[i], file.path.c_str(), WeightFile::offset + i * file.tensor_bytes, file.tensor_bytes));
             }
@@ -135,26 +150,32 @@ bool same_bits(const std::vector<float> & a, const std::vector<float> & b) {
 
 }  // namespace
 
-TEST_CASE("outputs are bit-equal at the floor budget: types, stores, tokens, threads") {
+TEST_CASE("outputs are bit-equal at the floor budget: types, repacked or not, stores, tokens, threads") {
     REQUIRE(spac_init() == SPAC_OK);
-    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q4_0, GGML_TYPE_Q4_K }) {
+    for (const auto & [type, repack] : { std::pair(GGML_TYPE_F16, false), std::pair(GGML_TYPE_Q4_0, false), std::pair(GGML_TYPE_Q4_K, false),
+                                         std::pair(GGML_TYPE_Q4_0, true), std::pair(GGML_TYPE_Q4_K, true) }) {
         const WeightFile file(type);
         for (const int n_tokens : { 1, 5, 40 }) {
-            Graph plain(file, type, n_tokens, -1);
+            std::unique_ptr<Graph> plain, repacked;
             for (const int store : { SPAC_STORE_AUTO, SPAC_STORE_BUFFERED, SPAC_STORE_MMAP, SPAC_STORE_MOCK }) {
                 REQUIRE(spac_budget_set(64 << 20) == SPAC_OK);
-                Graph paged(file, type, n_tokens, store);
+                Graph paged(file, type, n_tokens, store, repack);
                 spac_info info{};
                 info.struct_size = sizeof info;
                 REQUIRE(spac_model_info(paged.model, &info) == SPAC_OK);
                 REQUIRE(spac_budget_set(info.floor_bytes) == SPAC_OK);
+                CHECK((info.n_repacked == 0 || (repack && store != SPAC_STORE_MMAP)));
+                std::unique_ptr<Graph> & reference = info.n_repacked > 0 ? repacked : plain;
+                if (!reference) {
+                    reference = std::make_unique<Graph>(file, type, n_tokens, -1, info.n_repacked > 0);
+                }
                 for (const int n_threads : { 1, 2, 4 }) {
                     CAPTURE(ggml_type_name(type));
                     CAPTURE(n_tokens);
                     CAPTURE(store);
                     CAPTURE(n_threads);
                     for (unsigned seed = 0; seed < 3; ++seed) {
-                        CHECK(same_bits(paged.compute(seed, n_threads), plain.compute(seed, n_threads)));
+                        CHECK(same_bits(paged.compute(seed, n_threads), reference->compute(seed, n_threads)));
                     }
                 }
                 spac_stats stats{};

@@ -86,6 +86,9 @@ void Pager::read_and_finish(const Job & job, Lock & lock) {
     const ReadResult result =
         model.store->read(*tensor.file, tensor.slice_data(job.expert), tensor.slice_bytes, tensor.slice_offset(job.expert));
     const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
+    if (tensor.repacker && result.os_error == 0) {
+        tensor.repacker->repack(tensor.slice_data(job.expert));
+    }
     lock.lock();
     model.read_ns.fetch_add((uint64_t) ns, std::memory_order_relaxed);
     model.reads.fetch_add(1, std::memory_order_relaxed);

@@ -5,6 +5,7 @@
 // every slice that touches it, is paid for once, and stays for as long as one of them is present.
 #pragma once
 
+#include "repack.h"
 #include "store.h"
 
 #include <atomic>
@@ -45,6 +46,7 @@ struct PagedTensor {
     uint8_t *   data        = nullptr;  // of expert 0
     ModelFile * file        = nullptr;
     uint64_t    offset      = 0;        // of expert 0 in the file
+    std::unique_ptr<Repacker> repacker; // null: slices stay as they are in the file
     std::unique_ptr<Slice[]> slices;
 
     uint8_t * slice_data(int expert) const { return data + (size_t) expert * slice_bytes; }

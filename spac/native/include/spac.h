@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define SPAC_ABI_VERSION 1
+#define SPAC_ABI_VERSION 2
 #define SPAC_EVENT_MAX_EXPERTS 32  // a token's experts beyond this many are counted, but not named in its event
 
 enum {
@@ -66,6 +66,8 @@ typedef struct spac_options {
     uint64_t struct_size;
     int32_t  store;         // SPAC_STORE_*
     int32_t  n_io_threads;  // reads in flight; 0: default. One pool serves the process: the largest wish wins
+    int32_t  repack;        // 0: leave weights as they are in the file; else repack them as upstream would, unless the store is mmap
+    int32_t  reserved;
 } spac_options;
 
 typedef struct spac_info {
@@ -77,7 +79,9 @@ typedef struct spac_info {
     int32_t  n_layers;           // layers that have experts
     int32_t  n_experts;          // experts in such a layer (the largest number, should they differ)
     int32_t  n_tensors;          // paged tensors
+    int32_t  n_repacked;         // of which the slices are repacked when they are read
     int32_t  store;              // SPAC_STORE_* in use
+    int32_t  reserved;
 } spac_info;
 
 // All counters run from the model's load. A use is one expert in one layer in one ubatch.
