@@ -238,6 +238,13 @@ def _settings(limits: Limits, device: str | None, version_2: bool) -> list[tuple
     return found
 
 
+def _forbid_swap(folder: Path, memory_bytes: int, version_2: bool) -> None:
+    """What leaves for swap does not count as memory; a limit that can be left is none. Absent where the kernel counts no swap."""
+    path = folder / ("memory.swap.max" if version_2 else "memory.memsw.limit_in_bytes")
+    if path.exists():
+        path.write_text("0" if version_2 else str(memory_bytes))
+
+
 @contextlib.contextmanager
 def _group(limits: Limits, device: str | None) -> Iterator[_Group]:
     """A group with these limits, removed afterwards. It always counts memory."""
@@ -254,6 +261,8 @@ def _group(limits: Limits, device: str | None) -> Iterator[_Group]:
             (_ROOT / "cgroup.subtree_control").write_text(" ".join(f"+{controller}" for controller in controllers))
         for controller, file, value in settings:
             (folder[controller] / file).write_text(value)
+        if limits.memory_bytes is not None:
+            _forbid_swap(folder["memory"], limits.memory_bytes, version_2)
         yield _Group(folders, version_2)
     finally:
         for path in folders:

@@ -82,6 +82,24 @@ def test_version_2(tree: Tree) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("version_2", "file", "expected"), [(False, "memory.memsw.limit_in_bytes", "5000000"), (True, "memory.swap.max", "0")]
+)
+def test_swap_is_no_way_out(tree: Tree, monkeypatch: pytest.MonkeyPatch, version_2: bool, file: str, expected: str) -> None:
+    """Where the kernel counts swap, a group with a memory limit gets none."""
+    tree(version_2)
+    make_folder = Path.mkdir
+
+    def with_swap(folder: Path) -> None:
+        make_folder(folder)
+        (folder / file).write_text("max")
+
+    monkeypatch.setattr(Path, "mkdir", with_swap)
+    for limits_, then in ((Limits(memory_bytes=5_000_000), expected), (Limits(), "max")):
+        with limits._group(limits_, None) as group:
+            assert (group.folders[0] / file).read_text() == then
+
+
 @pytest.mark.parametrize("version_2", [False, True])
 def test_the_command_runs_inside(tree: Tree, version_2: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process number is in every group before it runs, and the groups are gone afterwards, also when it failed."""

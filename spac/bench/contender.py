@@ -66,6 +66,11 @@ class Contender(ABC):
         self.name = name
         self.tokens = tokens
 
+    @property
+    def repacked(self) -> bool:
+        """Whether the kernels for repacked weights compute: they round differently, so only like answers are alike to the bit."""
+        return True
+
     def row_tokens(self, row: Row) -> int:
         """How many tokens to generate after the first."""
         return self.tokens if self.tokens is not None else row.tokens
@@ -199,6 +204,10 @@ class Stock(_Worker):
             raise SpacError(f"the unpatched libraries are missing ({STOCK_FOLDER}): run `make stock`")
         self.environment = {"LLAMA_CPP_LIB_PATH": str(STOCK_FOLDER), "MTMD_CPP_LIB": str(STOCK_FOLDER / "libmtmd.so")}
 
+    @property
+    def repacked(self) -> bool:
+        return bool(self.arguments["repack"])
+
     def skip(self, task: Task) -> str | None:
         limit = task.limits.memory_bytes
         if self.mode in ("mlock", "direct", "none") and limit is not None and limit < task.model_bytes:
@@ -215,11 +224,15 @@ class Spac(_Worker):
         if spec.words:
             raise OptionError(f"contender {spec.text!r}: {spec.words[0]!r} is not name=value")
         arguments = {SHORT.get(name, name): parse_value(name, value) for name, value in spec.values.items() if name != "tokens"}
-        known = (_llama_arguments() | {"repack"}) - set(OWN)
+        known = _llama_arguments() - set(OWN)
         for name in arguments:
             if name not in known:
                 raise OptionError(f"contender {spec.text!r}: spac.Llama takes no {name!r}, or the row sets it")
         super().__init__(spec, arguments)
+
+    @property
+    def repacked(self) -> bool:
+        return bool(self.arguments.get("repack", True)) and self.arguments.get("store") != "mmap"
 
     def run_arguments(self, task: Task) -> dict[str, Any]:
         return {**self.arguments, "memory": task.limits.memory_bytes or "auto"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ def draw(found: Sequence[Record], folder: Path) -> list[Path]:
     return drawn
 
 
+def short(contender: str) -> str:
+    """A contender's name without how many tokens it makes, so that it is the same in all rows."""
+    name = re.sub(r"\b,?tokens=\d+", "", contender)
+    return name.rstrip(":").replace(":,", ":")
+
+
 def _figure(width: float = 8, height: float = 4.5) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
@@ -55,7 +62,7 @@ def speed(groups: Groups) -> Any | None:
             limit, value = runs[0]["limits"]["memory_bytes"], median(runs, records.decode_tokens_per_s)
             if limit and value and runs[0]["row"]["tokens"] > 1:
                 share = 100 * limit / runs[0]["model"]["bytes"]
-                lines.setdefault(f"{name}, {suite.rate(runs[0]['limits']['read_bytes_per_s'])}", []).append((share, value))
+                lines.setdefault(f"{short(name)}, {suite.rate(runs[0]['limits']['read_bytes_per_s'])}", []).append((share, value))
     if not lines:
         return None
     figure, axes = _figure()
@@ -84,7 +91,7 @@ def latency(groups: Groups) -> Any | None:
     figure = Figure(figsize=(8, 2.6 * len(panels)), layout="constrained")
     for axes, (row, series) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         for name, values in series.items():
-            axes.plot(range(1, len(values) + 1), [1000 * v for v in values], marker=".", linewidth=1, label=name)
+            axes.plot(range(1, len(values) + 1), [1000 * v for v in values], marker=".", linewidth=1, label=short(name))
         axes.set(title=row, xlabel="token", ylabel="ms", yscale="log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
@@ -94,7 +101,7 @@ def latency(groups: Groups) -> Any | None:
 def bytes_per_token(groups: Groups) -> Any | None:
     """What was read from the disk for each token while decoding."""
     bars = [
-        (f"{row}\n{name}", found) for row, contenders in groups.items() for name, runs in contenders.items()
+        (f"{row}\n{short(name)}", found) for row, contenders in groups.items() for name, runs in contenders.items()
         if (found := median(runs, records.bytes_per_token)) is not None
     ]  # fmt: skip
     if not bars:
@@ -104,35 +111,37 @@ def bytes_per_token(groups: Groups) -> Any | None:
     axes.barh(range(len(bars)), [b[0] / 1e6 for _, b in bars], xerr=spread, capsize=2)
     axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize="x-small")
     axes.invert_yaxis()
-    axes.set(xlabel="MB read for each token", title="Bytes per token")
+    axes.set(xlabel="MB read for each token", title="Bytes per token", xscale="log")
     axes.grid(alpha=0.3, axis="x")
     return figure
 
 
 def stalls(groups: Groups) -> Any | None:
-    """Where the time of a token goes, as stacked bars."""
+    """Where the time of a token goes: shares as stacked bars, and how long it is."""
     bars = []
+    parts = ("compute_s", "wait_s", "other_s", "unknown_s")
     for row, contenders in groups.items():
         for name, runs in contenders.items():
             found = [(b, records.decode_tokens(r)) for r in usable(runs) if (b := records.breakdown(r)) is not None]
             tokens = sum(n for _, n in found)
             if tokens:
-                parts = ("compute_s", "wait_s", "other_s", "unknown_s")
-                bars.append((f"{row}\n{name}", [1000 * sum(getattr(b, part) for b, _ in found) / tokens for part in parts]))
+                bars.append((f"{row}\n{short(name)}", [1000 * sum(getattr(b, part) for b, _ in found) / tokens for part in parts]))
     if not bars:
         return None
-    figure, axes = _figure(height=1.4 + 0.45 * len(bars))
+    figure, axes = _figure(height=1.6 + 0.45 * len(bars))
     left = [0.0] * len(bars)
     labels = ("compute", "waiting for experts", "other (sampling, Python)", "compute and page faults, not told apart")
     for part, label in enumerate(labels):
-        widths = [values[part] for _, values in bars]
+        widths = [100 * values[part] / sum(values) for _, values in bars]
         if any(widths):
             axes.barh(range(len(bars)), widths, left=left, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
+    for y, (_, values) in enumerate(bars):
+        axes.text(101, y, f"{sum(values):.3g} ms", va="center", fontsize="x-small")
     axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize="x-small")
     axes.invert_yaxis()
-    axes.set(xlabel="ms for each token", title="Where the time goes")
-    axes.legend(fontsize="small")
+    axes.set(xlabel="% of the time of a token", title="Where the time goes", xlim=(0, 115))
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
 
@@ -146,7 +155,7 @@ def hits(groups: Groups) -> Any | None:
                 h, m = counts.get(layer["layer"], (0, 0))
                 counts[layer["layer"]] = (h + layer["hits"], m + layer["misses"])
             if any(h + m for h, m in counts.values()):
-                lines.append((f"{row}\n{name}", {n: h / max(h + m, 1) for n, (h, m) in counts.items()}))
+                lines.append((f"{row}\n{short(name)}", {n: h / max(h + m, 1) for n, (h, m) in counts.items()}))
     if not lines:
         return None
     layers = sorted({n for _, values in lines for n in values})

@@ -2,6 +2,7 @@
 
 Keys of a record, besides those of `LimitedRun`:
     row, contender, repeat, limits, not_enforced, profile, commands, environment, threads: what was asked for.
+    repacked: whether kernels for repacked weights computed.
     model, machine, versions, commit, time, bench_command: where and when.
     complete: false if the run was interrupted, killed or failed; what it left is kept. error: why. skipped: it never ran.
     prompts: for each prompt kind, id, prompt_tokens, ttft_s (from reading the prompt on, loading not included), token_s (seconds

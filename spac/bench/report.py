@@ -47,18 +47,34 @@ def baseline(contenders: dict[str, list[Record]]) -> float | None:
     return max(speeds, default=None)
 
 
-def same_tokens(contenders: dict[str, list[Record]]) -> bool | None:
-    """Whether all contenders that name their tokens agree, prompt by prompt, as far as the shortest answer goes; None: fewer than two."""
-    answers: dict[str, dict[str, list[int]]] = {}
-    for name, runs in contenders.items():
-        for run in runs:
-            for prompt in run["prompts"]:
-                if prompt.get("token_ids"):
-                    answers.setdefault(f"{prompt['kind']}/{prompt['id']}", {}).setdefault(name, prompt["token_ids"])
-    compared = [list(by_name.values()) for by_name in answers.values() if len(by_name) > 1]
-    if not compared:
-        return None
-    return all(len({tuple(a[: min(map(len, found))]) for a in found}) == 1 for found in compared)
+def equal_tokens(name: str, contenders: dict[str, list[Record]]) -> str:
+    """Whether a contender's tokens are those of the others, prompt by prompt, as far as the shorter answer goes: "yes", "NO", or "".
+
+    Only contenders with the same kernels (repacked weights or not) are alike to the bit; where there are none, those with others
+    are compared, and a difference is "other kernels".
+    """
+    runs = contenders[name]
+    others = [(other[0]["repacked"] == runs[0]["repacked"], other) for key, other in contenders.items() if key != name]
+    alike = [same for like, other in others if like and (same := _same(runs, other)) is not None]
+    if alike:
+        return "yes" if all(alike) else "NO"
+    unlike = [same for like, other in others if not like and (same := _same(runs, other)) is not None]
+    return "" if not unlike else "yes" if all(unlike) else "other kernels"
+
+
+def _same(a: Sequence[Record], b: Sequence[Record]) -> bool | None:
+    """Whether two contenders' answers agree; None: no prompt that both answered in tokens."""
+    mine, theirs = _answers(a), _answers(b)
+    pairs = [(mine[key], theirs[key]) for key in mine if key in theirs]
+    return all(x[: len(y)] == y[: len(x)] for x, y in pairs) if pairs else None
+
+
+def _answers(runs: Sequence[Record]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for prompt in (p for r in runs for p in r["prompts"] if p.get("token_ids")):
+        key = f"{prompt['kind']}/{prompt['id']}"
+        found[key] = max(found.get(key, []), prompt["token_ids"], key=len)
+    return found
 
 
 def markdown(found: Sequence[Record]) -> str:
@@ -93,11 +109,10 @@ def speed_table(groups: Groups) -> str:
     ]  # fmt: skip
     lines = [_line(header), "|" + "---|" * len(header)]
     for row_name, contenders in groups.items():
-        base, equal = baseline(contenders), same_tokens(contenders)
+        base = baseline(contenders)
         for name, runs in contenders.items():
             row = runs[0]["row"]
             own = median(runs, speed_of(row))
-            named = any(p.get("token_ids") for r in runs for p in r["prompts"])
             cells = [
                 row_label(row_name, runs), name, _spread(median(runs, records.decode_tokens_per_s)),
                 f"{own[0] / base:.2f}" if own and base else "",
@@ -106,7 +121,7 @@ def speed_table(groups: Groups) -> str:
                 _middle(median(runs, lambda r: r.get("device_read_bytes")), "{:.2f}", 1e-9), _bytes(runs, "peak_bytes"),
                 _bytes(runs, "page_cache_bytes"), _middle(median(runs, lambda r: records.per_token(r, "cpu_s")), "{:.3f}"),
                 _middle(median(runs, lambda r: r.get("expert", {}).get("hit_rate")), "{:.1%}"),
-                {True: "yes", False: "NO", None: ""}[equal if named else None], str(len(usable(runs))), remark(runs),
+                equal_tokens(name, contenders), str(len(usable(runs))), remark(runs),
             ]  # fmt: skip
             lines.append(_line(cells))
     return "\n".join(lines) + "\n"

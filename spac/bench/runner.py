@@ -131,7 +131,7 @@ class Bench:
         record: dict[str, Any] = {
             **self._constant, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "row": dataclasses.asdict(task.row), "contender": contender.name,
             "repeat": repeat, "threads": task.threads, "limits": dataclasses.asdict(task.limits), "not_enforced": missing,
-            "load_average": os.getloadavg()[0], "complete": False, "prompts": [],
+            "repacked": contender.repacked, "load_average": os.getloadavg()[0], "complete": False, "prompts": [],
         }  # fmt: skip
         label = f"[{self._number}/{self._total}] {task.row.name}: {contender.name}"
         reason = contender.skip(task)

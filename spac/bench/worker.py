@@ -42,22 +42,13 @@ def load(config: dict[str, Any]) -> Any:
     if config["engine"] == "spac":
         import spac
 
-        if not arguments.get("repack", True) and not _takes_repack(spac.Llama):
-            arguments.pop("repack")
-            _turn_repacking_off()
-        elif not _takes_repack(spac.Llama):
-            arguments.pop("repack", None)
         return spac.Llama(config["model"], **common, **arguments)
     import llama_cpp
 
-    if not arguments.get("repack", True):
+    if not arguments["repack"]:
         _turn_repacking_off()
     _set_stock_modes(arguments["load_mode"])
     return llama_cpp.Llama(config["model"], **common)
-
-
-def _takes_repack(llama: Any) -> bool:
-    return "repack" in (llama.__init__.__kwdefaults__ or {})
 
 
 def _turn_repacking_off() -> None:

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,9 @@ from spac.errors import OptionError, SpacError
 
 if TYPE_CHECKING:
     from spac.bench.contender import Contender
+    from spac.bench.profile import Profile
     from spac.bench.record import Record
+    from spac.bench.runner import Bench
     from spac.bench.suite import Row
 
 RATE_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
@@ -84,54 +86,51 @@ def bench(
         return 0
     if model is None:
         raise typer.BadParameter("no model: give a GGUF file, or --list, or --report DIR")
+    if suite is not None and (profile or memory or read):
+        raise typer.BadParameter("a suite has its own limits: give it alone, or --profile, --memory and --read")
+    from spac.bench import loadgen as loadgens
     from spac.bench import profile as profiles
     from spac.bench import prompt as prompt_files
     from spac.bench import runner
     from spac.gguf_check import check_model
 
     parts = tuple(Path(part).resolve() for part in check_model(model).parts)
-    if suite is not None and (profile or memory or read):
-        raise typer.BadParameter("a suite has its own limits: give it alone, or --profile, --memory and --read")
-    overrides = {
-        key: value
-        for key, value in {"prompt_tokens": prompt_tokens, "tokens": tokens, "ctx": ctx, "ubatch": ubatch}.items()
-        if value is not None
-    }
     device = profiles.load(profile or "native") if suite is None else None
-    chosen = choose_rows(suite, rows, device, _split(memory), [_rate(text) for text in _split(read)], overrides)
-    paths = {key: Path(value).resolve() for key, value in _pairs(peer, "--peer").items()}
+    lengths = {"prompt_tokens": 0 if prompts and prompt_tokens is None else prompt_tokens, "tokens": tokens, "ctx": ctx, "ubatch": ubatch}
+    chosen = choose_rows(suite, rows, device, _split(memory), [_rate(text) for text in _split(read)], lengths)
+    peers = {key: Path(value).resolve() for key, value in _pairs(peer, "--peer").items()}
     arguments = {key: shlex.split(value) for key, value in _pairs(peer_args, "--peer-args").items()}
-    with_contenders = tuple((row, contenders_of(row, contender, paths, arguments, from_suite=suite is not None)) for row in chosen)
     own_prompts = prompts is not None or kind or all(row.prompt_tokens == 0 for row in chosen)
-    if prompts is not None and prompt_tokens is None:
-        with_contenders = tuple((dataclasses.replace(row, prompt_tokens=0), found) for row, found in with_contenders)
-    check_extras(loadgen)
-    label = name or f"{suite or (device.name if device else 'bench')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = out / label
-    if (folder / "runs").exists() and not resume:
-        raise OptionError(f"{folder}: there are results already; give --resume, or another --name")
-    benchmark = runner.Bench(
-        runner.Options(
-            parts=parts,
-            rows=with_contenders,
-            prompts=tuple(prompt_files.load(_split(kind), prompts)) if own_prompts else (),
-            prompts_per_run=prompts_per_run,
-            repeats=repeats,
-            threads=threads,
-            folder=folder,
-            timeout_s=timeout,
-            profile=device,
-            resume=resume,
-            loadgen=loadgen,
-            command=shlex.join(["spac", *sys.argv[1:]]),
-            short=runner.short_names([Path(model), parts[0], out, out.resolve(), *paths.values()]),
-        )
+    if loadgen and not loadgens.available():
+        raise SpacError("LoadGen is not installed: pip install mlcommons-loadgen, or spac[bench]")
+    label = name or f"{suite or profile or 'native'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (out / label / "runs").exists() and not resume:
+        raise OptionError(f"{out / label}: there are results already; give --resume, or another --name")
+    options = runner.Options(
+        parts=parts,
+        rows=tuple((row, contenders_of(row, contender, peers, arguments, from_suite=suite is not None)) for row in chosen),
+        prompts=tuple(prompt_files.load(_split(kind), prompts)) if own_prompts else (),
+        prompts_per_run=prompts_per_run,
+        repeats=repeats,
+        threads=threads,
+        folder=out / label,
+        timeout_s=timeout,
+        profile=device,
+        resume=resume,
+        loadgen=loadgen,
+        command=shlex.join(["spac", *sys.argv[1:]]),
+        short=runner.short_names([Path(model), parts[0], out, out.resolve(), *peers.values()]),
     )
+    return measure(runner.Bench(options), options.folder)
+
+
+def measure(benchmark: Bench, folder: Path) -> int:
+    """Run it, and show the tables of whatever it left; returns the exit code."""
     code = 0
     try:
         benchmark.run()
     except KeyboardInterrupt:
-        note(f"bench: interrupted; what was done is in {folder}, go on with --resume --name {label}")
+        note(f"bench: interrupted; what was done is in {folder}, go on with --resume --name {folder.name}")
         code = 130
     if (folder / "runs").exists():
         print(write_report(folder))
@@ -139,23 +138,25 @@ def bench(
     return code
 
 
-def choose_rows(suite: str | None, only: str, device: object, memories: Many, reads: Many, overrides: dict[str, int]) -> list[Row]:
-    """The rows to run.
+def choose_rows(
+    suite: str | None, only: str, device: Profile | None, memories: Many, reads: Many, lengths: dict[str, int | None]
+) -> list[Row]:
+    """The rows to run: those of a suite, or a device's, with the lengths that were given instead of theirs.
 
     Raises:
         OptionError: there are none, or a limit has no meaning.
     """
     from spac.bench import suite as suites
-    from spac.bench.profile import Profile
 
-    if suite is not None:
+    if device is None:
+        assert suite is not None
         found = [row for row in suites.load(suite) if only in row.name]
         if not found:
             raise OptionError(f"suite {suite!r} has no row whose name holds {only!r}")
     else:
-        assert isinstance(device, Profile)
         found = suites.of_profile(device, memories, reads, suites.Row(name=""))
-    return [dataclasses.replace(row, **overrides) for row in found]  # type: ignore[arg-type]
+    given: dict[str, Any] = {key: value for key, value in lengths.items() if value is not None}
+    return [dataclasses.replace(row, **given) for row in found]
 
 
 def contenders_of(
@@ -186,18 +187,6 @@ def contenders_of(
     if not found:
         raise OptionError(f"row {row.name!r} has no contenders")
     return tuple(found)
-
-
-def check_extras(loadgen: bool) -> None:
-    """Whether optional packages are there.
-
-    Raises:
-        SpacError: LoadGen was asked for and is not installed.
-    """
-    from spac.bench import loadgen as loadgens
-
-    if loadgen and not loadgens.available():
-        raise SpacError("LoadGen is not installed: pip install mlcommons-loadgen, or spac[bench]")
 
 
 def write_report(folder: Path) -> str:
