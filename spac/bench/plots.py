@@ -111,7 +111,9 @@ def bytes_per_token(groups: Groups) -> Any | None:
     axes.barh(range(len(bars)), [b[0] / 1e6 for _, b in bars], xerr=spread, capsize=2)
     axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize="x-small")
     axes.invert_yaxis()
-    axes.set(xlabel="MB read for each token", title="Bytes per token", xscale="log")
+    axes.set(xlabel="MB read for each token", title="Bytes per token")
+    if any(b[0] for _, b in bars):
+        axes.set_xscale("log")
     axes.grid(alpha=0.3, axis="x")
     return figure
 
