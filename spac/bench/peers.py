@@ -83,8 +83,9 @@ def check_binary(binary: Path, title: str, sign: str) -> None:
 
 TRIAL_TOKENS: Final = 16
 
-# What the search has found in this process, by binary, model and limit, and what it tried: one search for all rows of a limit.
-_found: dict[tuple[str, str, int], tuple[int, list[tuple[int, float]]]] = {}
+# What the search has found in this process, by binary, model, limit and prefetching, and what it tried: one for all rows of a limit.
+_Key = tuple[str, str, int, bool]
+_found: dict[_Key, tuple[int, list[tuple[int, float]]]] = {}
 
 
 class BigMoe(Peer):
@@ -113,7 +114,11 @@ class BigMoe(Peer):
     def prepare(self, task: Task, run: TryRun) -> dict[str, Any]:
         if self.given is not None:
             return {"cache_mib": self.given}
-        if self._key(task) not in _found:
+        key, plain = self._key(task, self.predict), self._key(task, False)
+        if key not in _found:
+            sizes = candidates(task)
+            if self.predict and plain in _found:  # what fits without prefetching is the most that may fit with it
+                sizes = sorted({_found[plain][0], *(s for s in sizes if s < _found[plain][0])}, reverse=True)
             tried: list[tuple[int, float]] = []
 
             def speed(cache_mib: int, *, short: bool = True) -> float:
@@ -126,16 +131,16 @@ class BigMoe(Peer):
                 tried.append((cache_mib, (decode_tokens_per_s(figures) or 0.0) if figures["complete"] else 0.0))
                 return tried[-1][1]
 
-            _found[self._key(task)] = best_cache(candidates(task), speed, lambda size: speed(size, short=False) > 0), tried
-        cache_mib, tried = _found[self._key(task)]
+            _found[key] = best_cache(sizes, speed, lambda size: speed(size, short=False) > 0), tried
+        cache_mib, tried = _found[key]
         return {"cache_mib": cache_mib, "tried_tokens_per_s": tried}
 
-    def _key(self, task: Task) -> tuple[str, str, int]:
-        return str(self.binary), str(task.model), task.limits.memory_bytes or 0
+    def _key(self, task: Task, predict: bool) -> _Key:
+        return str(self.binary), str(task.model), task.limits.memory_bytes or 0, predict
 
     def command(self, task: Task, text: str, cache_mib: int | None = None) -> list[str]:
         if cache_mib is None:
-            cache_mib = self.given if self.given is not None else _found[self._key(task)][0]
+            cache_mib = self.given if self.given is not None else _found[self._key(task, self.predict)][0]
         return [
             *self.common(task, text), "--moe-stream", "--overlap", "--dense-weights", "anon", "--io-threads", "8",
             "--cache-mb", str(cache_mib), "--force-cache", "--ubatch", str(min(64, task.row.ubatch)), "--progress",
@@ -158,7 +163,7 @@ class BigMoe(Peer):
                 "cpu_s": sum(step["cpu_ms"] for step in steps) / 1000, "own_read_bytes": sum(step["read_mb"] for step in steps) * MIB,
             },
         }  # fmt: skip
-        found: dict[str, Any] = {"prompts": [answer] if steps else [], "complete": complete}
+        found: dict[str, Any] = {"prompts": [answer] if steps or prefill else [], "complete": complete}
         if load:
             found["load_s"] = float(load[-1])
         if steps:

@@ -66,12 +66,12 @@ def _turn_repacking_off() -> None:
 
 
 def _set_stock_modes(load_mode: str) -> None:
-    """The load mode, and llama.cpp's own choice of attention as in spac.Llama: llama-cpp-python would overwrite both."""
+    """The load mode (llama.cpp's --load-mode), and its own choice of attention, as in spac.Llama: llama-cpp-python overwrites both."""
     import llama_cpp._internals as internals
     import llama_cpp.llama_cpp as upstream
 
     mode = {
-        "mmap": upstream.LLAMA_LOAD_MODE_MMAP, "mlock": upstream.LLAMA_LOAD_MODE_MMAP_MLOCK,
+        "mmap": upstream.LLAMA_LOAD_MODE_MMAP, "mlock": upstream.LLAMA_LOAD_MODE_MLOCK,
         "direct": upstream.LLAMA_LOAD_MODE_DIRECT_IO, "none": upstream.LLAMA_LOAD_MODE_NONE,
     }[load_mode]  # fmt: skip
     module: Any = internals

@@ -201,10 +201,14 @@ def test_the_search_is_made_once_for_a_limit(script: Script, model_path: Path, t
     n = len(runs)
     assert n > 0
     assert str(first["cache_mib"]) in runs
+    again = make("bigmoe", {"bigmoe": tmp_path / "peer"}, {})
+    assert again is not None
+    assert again.prepare(task(model_path, 400 * MIB), run) == first
+    assert len(runs) == n
     predicting = make("bigmoe:predict", {"bigmoe": tmp_path / "peer"}, {})
     assert predicting is not None
-    assert predicting.prepare(task(model_path, 400 * MIB), run) == first
-    assert len(runs) == n
+    assert predicting.prepare(task(model_path, 400 * MIB), run)["cache_mib"] == first["cache_mib"]
+    assert max(map(int, runs[n:])) == first["cache_mib"]  # prefetching needs more room: nothing larger is tried
     assert f"--cache-mb {first['cache_mib']} " in " ".join(made.commands(task(model_path, 400 * MIB))[0].arguments)
 
 
@@ -233,6 +237,13 @@ def test_what_bigmoe_prints(script: Script) -> None:
     assert answer["token_s"] == [0.04, 0.06]
     assert (answer["prompt_tokens"], answer["ttft_s"], answer["text"]) == (7, 0.5, " the file")
     assert answer["decode"] == pytest.approx({"eval_s": 0.1, "stall_s": 0.03, "cpu_s": 0.05, "own_read_bytes": 3 * MIB})
+
+
+def test_bigmoe_that_has_nothing_to_say(script: Script) -> None:
+    """The model ended its answer at once: the time to the first token counts all the same."""
+    found = figures("bigmoe", "--moe-stream", script, LimitedRun(0, BIGMOE.partition("===")[2], "", 1.0, None, None))
+    assert found["complete"] is True
+    assert [(p["ttft_s"], p["token_s"]) for p in found["prompts"]] == [(0.5, [])]  # type: ignore[attr-defined]
 
 
 def test_bigmoe_that_was_killed(script: Script) -> None:
