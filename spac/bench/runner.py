@@ -244,7 +244,8 @@ def warnings(record: dict[str, Any]) -> list[str]:
     if process and device is not None and device > 1.1 * process + 100e6:
         found.append(f"others read {(device - process) / 1e9:.2f} GB from the disk meanwhile: not quiet")
     if record.get("locked_bytes", record["model"]["bytes"]) < 0.85 * record["model"]["bytes"]:
-        found.append(f"only {record['locked_bytes']} bytes are locked: `ulimit -l` is low, or weights are repacked, which llama.cpp does not lock")
+        reason = "`ulimit -l` is low, or weights are repacked, which llama.cpp does not lock"
+        found.append(f"only {record['locked_bytes']} bytes are locked: {reason}")
     if (record.get("cached_before_bytes") or 0) > 0.01 * record["model"]["bytes"]:
         found.append(f"{record['cached_before_bytes']} bytes of the model were still cached at the start: not cold")
     peak, limit = record.get("peak_bytes"), record["limits"]["memory_bytes"]
