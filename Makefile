@@ -13,11 +13,11 @@ CONFIGURE   := cmake -S . $(GENERATOR) --log-level=WARNING
 COMPILE     := cmake --build
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test sanitize wheel stock lint clean system-packages vendor native
+.PHONY: help build demo test sanitize wheel stock bench bench-quick lint clean system-packages vendor native
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: native .venv/.spac-installed ## everything that `.venv/bin/spac` needs, with upstream compiled for this machine
 
@@ -58,6 +58,31 @@ stock: vendor ## build/stock/lib: upstream without patches, same flags: what ben
 	$(COMPILE) build/stock/native -j $(JOBS)
 	@cmake --install build/stock/native --component spac --prefix build/stock >/dev/null
 
+# Built peers to measure beside: make bench PEERS="bigmoe=/path/to/bmoe-cli ik_llama=/path/to/llama-cli"
+PEERS       ?=
+BENCH_OUT   ?= build/bench
+BENCH       := $(PY) -m spac bench
+BENCH_FLAGS = --out $(BENCH_OUT) $(addprefix --peer ,$(PEERS))
+
+bench-quick: build stock .venv/.bench-installed build/demo/spac-demo-1g.gguf ## a look at speed beside llama.cpp, under 5 minutes
+	$(BENCH) build/demo/spac-demo-1g.gguf --suite quick --repeats 2 $(BENCH_FLAGS)
+
+bench: build stock .venv/.bench-installed build/demo/4g.gguf ## everything, hours; interrupted, it goes on where it was
+	$(BENCH) build/demo/4g.gguf --suite full --name full --resume $(BENCH_FLAGS)
+	$(BENCH) build/demo/4g.gguf --suite speed --name speed --resume $(BENCH_FLAGS)
+	$(BENCH) build/demo/4g.gguf --suite stock --name stock --resume $(BENCH_FLAGS)
+	$(BENCH) build/demo/4g.gguf --suite latency --name latency --resume --prompts-per-run 5 $(BENCH_FLAGS)
+	@if $(PY) -c 'import mlperf_loadgen' 2>/dev/null; then set -x; \
+	$(BENCH) build/demo/4g.gguf --profile native --name loadgen --resume --loadgen --repeats 1 --prompts-per-run 5 --out $(BENCH_OUT); fi
+
+build/demo/spac-demo-1g.gguf: | build
+	@mkdir -p $(@D)
+	$(PY) scripts/inflate models/spac-demo-moe.gguf $@ --size 1G --type Q4_0
+
+build/demo/4g.gguf: | build
+	@mkdir -p $(@D)
+	$(PY) scripts/inflate models/spac-demo-moe.gguf $@ --size 4G --type Q4_0
+
 lint: .venv/.spac-installed ## ruff and mypy
 	@status=0; \
 	$(PY) -m ruff check . || status=1; \
@@ -97,6 +122,12 @@ build/wheels/llama-cpp-python.stamp: vendor/llama.cpp.lock | vendor
 .venv/.spac-installed: pyproject.toml constraints.txt build/wheels/llama-cpp-python.stamp .venv/.build-tools
 	$(PIP_INSTALL) --force-reinstall --no-deps build/wheels/*.whl
 	$(PIP_INSTALL) --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace -e ".[dev]"
+	@touch $@
+
+# Plots and a check by MLPerf's LoadGen; the tables need neither.
+.venv/.bench-installed: pyproject.toml .venv/.spac-installed
+	$(PIP_INSTALL) "matplotlib>=3.8" || echo "no matplotlib: tables without plots"
+	$(PIP_INSTALL) "mlcommons-loadgen>=5" || echo "no LoadGen: its check is left out"
 	@touch $@
 
 native: vendor

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 import spac
 from spac.errors import LibraryError, ModelFileError, OptionError
+from spac.memory import format_bytes
 
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 
@@ -99,11 +100,16 @@ def inflate(
         for written, path in zip(partial, paths, strict=True):
             written.replace(path)
     except OSError as error:
-        raise ModelFileError(f"{target}: cannot be written: {error.strerror or error}") from error
+        raise ModelFileError(f"{target}: cannot be written: {_reason(error)}; {format_bytes(total)} are needed") from error
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
     return Inflation(tuple(paths), factor, _assert_types(paths, quantiser), sum(path.stat().st_size for path in paths))
+
+
+def _reason(error: OSError) -> str:
+    # numpy's tofile says "N requested and M written", without an errno, when the disk is full
+    return error.strerror or ("the disk is full" if "written" in str(error) else str(error))
 
 
 class _Quantiser:

@@ -90,3 +90,35 @@ def test_sources_that_do_not_serve(dense_path: Path, tmp_path: Path) -> None:
         inflate(tmp_path / "missing.gguf", tmp_path / "x.gguf", expert_type="Q4_0", factor=1)
     with pytest.raises(ModelFileError, match="cannot be written"):
         inflate(dense_path.with_name("spac-demo-moe.gguf"), tmp_path / "no" / "folder" / "x.gguf", expert_type="Q4_0", factor=1)
+
+
+class _FullAfter:
+    """Stands for numpy's tofile on a disk that is full after so many tensors: no errno, as numpy has it."""
+
+    def __init__(self, tensors: int) -> None:
+        self.left = tensors
+
+    def __call__(self, writer: gguf.GGUFWriter, tensor: np.ndarray, **_: object) -> None:
+        if self.left == 0:
+            raise OSError(f"{tensor.nbytes} requested and 17 written")
+        self.left -= 1
+
+
+@pytest.mark.parametrize("tensors", [0, 5])
+def test_a_full_disk_is_said_and_leaves_nothing(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
+    """In the middle of the file as at its start."""
+    full = _FullAfter(tensors)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", lambda writer, tensor: full(writer, tensor))
+    with pytest.raises(ModelFileError, match=r"x\.gguf: cannot be written: the disk is full; .* are needed"):
+        inflate(model_path, tmp_path / "x.gguf", expert_type="Q4_0", factor=1)
+    assert full.left == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_inflation_leaves_nothing(model_path: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        inflate(model_path, tmp_path / "x.gguf", expert_type="Q4_0", factor=1, progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
