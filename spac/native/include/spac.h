@@ -57,6 +57,7 @@ enum {
     SPAC_STRUCT_ERROR   = 4,
     SPAC_STRUCT_MEMORY  = 5,
     SPAC_STRUCT_BUNDLE  = 6,
+    SPAC_STRUCT_SIMULATION = 7,
 };
 
 typedef struct spac_context spac_context;
@@ -138,6 +139,39 @@ typedef struct spac_bundle {
     float   utility;   // expected use: it may evict only what is worth less
 } spac_bundle;
 
+// what decides which bundle leaves a simulated cache
+enum {
+    SPAC_POLICY_DEFAULT = 0,  // the pager's
+    SPAC_POLICY_LRU     = 1,
+    SPAC_POLICY_LFU     = 2,  // uses since the start
+    SPAC_POLICY_STATIC  = 3,  // the most used ones of the whole replay stay
+    SPAC_POLICY_S3FIFO  = 4,
+    SPAC_POLICY_MIN     = 5,  // Belady's: what is used again last leaves
+};
+
+// A replay of routing without weights. Bundles are fetched on demand; those of the layer being computed do not leave.
+typedef struct spac_simulation {
+    uint64_t         struct_size;
+    const uint16_t * ids;           // [n_tokens][n_layers][n_used]: experts; numbers from n_experts on are ignored
+    const int32_t *  ubatch;        // [n_tokens]: neighbours with the same number are computed together. NULL: each token alone
+    const uint64_t * bundle_bytes;  // [n_layers]
+    uint64_t         n_tokens;
+    uint64_t         n_bundles;     // that there is room for, in all layers together
+    int32_t          n_layers;
+    int32_t          n_experts;     // in each layer
+    int32_t          n_used;        // by a token in a layer
+    int32_t          policy;        // SPAC_POLICY_*
+    int32_t          by_layer;      // 0: one cache; 1: one for each layer, of n_bundles / n_layers
+    int32_t          reserved;      // 0
+    // results
+    uint16_t *       visit_uses;    // [n_ubatches][n_layers]: bundles asked for; room for n_tokens * n_layers, or NULL
+    uint16_t *       visit_misses;  // the same: those that were not there
+    uint64_t         n_ubatches;
+    uint64_t         hits;
+    uint64_t         misses;
+    uint64_t         bytes;         // of the bundles missed
+} spac_simulation;
+
 // -- library --
 SPAC_API int          spac_abi_version(void);
 SPAC_API size_t       spac_struct_size(int which);  // 0 for an unknown number
@@ -167,6 +201,9 @@ SPAC_API void           spac_context_free(spac_context * context);              
 SPAC_API bool           spac_abort_callback(void * context);
 SPAC_API void           spac_cancel(spac_context * context);                                // the running or next decode returns 2
 SPAC_API int            spac_context_take_error(spac_context * context, spac_error * error); // fills and clears; returns error->code
+
+// -- simulation --
+SPAC_API int spac_simulate(spac_simulation * simulation);  // needs no model and no spac_init()
 
 // -- sizes --
 // model_params: const struct llama_model_params *, context_params: const struct llama_context_params *
