@@ -183,7 +183,7 @@ TEST_CASE("a prefetch evicts only what is worth less than itself") {
     m.prefetch(pager, 0, 2, 0.0001f);
     CHECK_FALSE(read_one(pager));
     m.prefetch(pager, 0, 2, 1);
-    m.prefetch(pager, 0, 3, 0.9f);
+    m.prefetch(pager, 0, 3, 0.3f);
     CHECK(read_all(pager) == 2);
     CHECK(m.resident(0, 0));
     CHECK(m.resident(0, 2));

@@ -11,6 +11,7 @@ namespace {
 // Found on one half of a trace of gpt-oss-20b and checked on the other; the optimum is flat: docs/benchmarks/policy.md.
 constexpr double recent_half_life_tokens = 8, steady_half_life_tokens = 128;
 constexpr int    n_ages = 8, n_levels = 16, n_cells = n_ages * n_levels * n_levels;
+constexpr uint32_t never = UINT32_MAX;
 constexpr float  prior_tokens = 64;          // what the first guess about a cell weighs
 constexpr float  remembered_tokens = 1 << 16;  // a cell that has seen more than this forgets half
 
@@ -42,7 +43,7 @@ int age_of(uint32_t idle_tokens) {  // 0: used by the last token; then octaves
 
 }  // namespace
 
-Policy::Policy(const std::vector<int> & n_experts) : layers_(n_experts.size()), cells_(n_cells) {
+Policy::Policy(const std::vector<int> & n_experts) : layers_(n_experts.size()), cells_(n_cells + 1) {
     for (int i = 0; i < n_cells; ++i) {  // the first guess: it goes on as it went, less the longer it has not been used
         const int steady = i % n_levels, recent = i / n_levels % n_levels, age = i / (n_levels * n_levels);
         const float guess = (share_of(recent) + share_of(steady)) / 2 * (float) std::exp2(-age / 2.0);
@@ -53,7 +54,7 @@ Policy::Policy(const std::vector<int> & n_experts) : layers_(n_experts.size()), 
         const size_t n = (size_t) n_experts[i];
         layer.recent.assign(n, 0);
         layer.steady.assign(n, 0);
-        layer.idle_tokens.assign(n, 1u << 31);
+        layer.idle_tokens.assign(n, never);
         layer.cell.assign(n, 0);
         layer.chance.assign(n, 0);
         layer.present.assign(n, 0);
@@ -65,6 +66,11 @@ Policy::Policy(const std::vector<int> & n_experts) : layers_(n_experts.size()), 
 }
 
 void Policy::place(Layer & layer, size_t e) {
+    if (layer.idle_tokens[e] == never) {  // nothing is known of it, and it teaches nothing about others
+        layer.cell[e]   = n_cells;
+        layer.chance[e] = 0;
+        return;
+    }
     const int cell = (age_of(layer.idle_tokens[e]) * n_levels + level(layer.recent[e])) * n_levels + level(layer.steady[e]);
     layer.cell[e] = (uint16_t) cell;
     // within a cell the more frequent one is worth a little more
@@ -92,7 +98,7 @@ void Policy::use(int index, const int32_t * experts, int n_used, bool learn) {
         const bool used = layer.used[e];
         layer.recent[e]      = decayed(layer.recent[e], recent_decay) + (used ? recent_share : 0);
         layer.steady[e]      = decayed(layer.steady[e], steady_decay) + (used ? steady_share : 0);
-        layer.idle_tokens[e] = used ? 0 : std::min(layer.idle_tokens[e], (1u << 31) - 1) + 1;
+        layer.idle_tokens[e] = used ? 0 : layer.idle_tokens[e] + (layer.idle_tokens[e] < never - 1);
         layer.used[e]        = 0;
         place(layer, e);
     }

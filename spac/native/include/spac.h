@@ -136,7 +136,7 @@ typedef struct spac_bundle {
     int32_t layer;     // block number
     int32_t expert;
     int32_t deadline;  // layers until needed; smaller is read first
-    float   utility;   // expected use: it may evict only what is worth less
+    float   utility;   // probability that the layer's next token uses it: it may evict only what is worth less
 } spac_bundle;
 
 // what decides which bundle leaves a simulated cache
