@@ -57,6 +57,7 @@ size_t spac_struct_size(int which) {
         case SPAC_STRUCT_MEMORY:  return sizeof(spac_memory);
         case SPAC_STRUCT_BUNDLE:  return sizeof(spac_bundle);
         case SPAC_STRUCT_SIMULATION: return sizeof(spac_simulation);
+        case SPAC_STRUCT_ROUTING: return sizeof(spac_routing);
         default:                  return 0;
     }
 }

@@ -58,9 +58,11 @@ enum {
     SPAC_STRUCT_MEMORY  = 5,
     SPAC_STRUCT_BUNDLE  = 6,
     SPAC_STRUCT_SIMULATION = 7,
+    SPAC_STRUCT_ROUTING    = 8,
 };
 
-typedef struct spac_context spac_context;
+typedef struct spac_context  spac_context;
+typedef struct spac_recorder spac_recorder;
 
 // how the next model is to be paged
 typedef struct spac_options {
@@ -139,6 +141,17 @@ typedef struct spac_bundle {
     float   utility;   // probability that the layer's next token uses it: it may evict only what is worth less
 } spac_bundle;
 
+// what a recorder saw in one layer of one ubatch
+typedef struct spac_routing {
+    uint64_t        struct_size;
+    int64_t         n_tokens;  // a model's last layer may compute only tokens whose output is wanted
+    int32_t         layer;     // block number
+    int32_t         n_used;
+    const int32_t * ids;       // [n_tokens][n_used], until the next call
+    const float *   weights;   // the same: what the experts' outputs are multiplied with
+    double          expert_s;  // from the router's end to the end of the experts' last product
+} spac_routing;
+
 // what decides which bundle leaves a simulated cache
 enum {
     SPAC_POLICY_DEFAULT = 0,  // the pager's
@@ -201,6 +214,12 @@ SPAC_API void           spac_context_free(spac_context * context);              
 SPAC_API bool           spac_abort_callback(void * context);
 SPAC_API void           spac_cancel(spac_context * context);                                // the running or next decode returns 2
 SPAC_API int            spac_context_take_error(spac_context * context, spac_error * error); // fills and clears; returns error->code
+
+// -- recording: give spac_recorder_callback and the handle to llama_context_params.cb_eval --
+SPAC_API spac_recorder * spac_recorder_new(void);
+SPAC_API void            spac_recorder_free(spac_recorder * recorder);  // after llama_free
+SPAC_API bool            spac_recorder_callback(void * tensor, bool ask, void * recorder);
+SPAC_API int             spac_recorder_next(spac_recorder * recorder, spac_routing * routing);  // 1, 0: no more, or negative
 
 // -- simulation --
 SPAC_API int spac_simulate(spac_simulation * simulation);  // needs no model and no spac_init()
