@@ -84,6 +84,7 @@ class LoadOptions:
     store: str
     paging: Paging
     debug: bool
+    record_routing: bool = False
 
 
 def load(options: LoadOptions) -> tuple[Llama, float]:
@@ -118,6 +119,7 @@ def load(options: LoadOptions) -> tuple[Llama, float]:
                 n_batch=max(512, options.ubatch or 0),
                 n_ubatch=options.ubatch,
                 n_threads=options.threads or None,
+                record_routing=options.record_routing,
                 verbose=options.debug,
             )
         except Cancelled:
