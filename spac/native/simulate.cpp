@@ -26,6 +26,7 @@ struct Visit {
     uint64_t             number;   // ubatch * n_layers + layer
     int                  layer;
     std::vector<int32_t> experts;  // without repetition, ascending
+    std::vector<int32_t> touched;  // of each: when it was named last, counted within the visit
     uint64_t             first_token, n_tokens;
 };
 
@@ -72,9 +73,9 @@ class ScoreOrder : public Order {
     explicit ScoreOrder(Bundles bundles) : bundles_(bundles), score_(bundles.size(), 0), by_layer_(bundles.n_layers) {}
 
     void begin(const Visit & visit) override {
-        for (int32_t e : visit.experts) {
-            double & score = score_[bundles_.at(visit.layer, e)];
-            score = next_score(score, visit, bundles_.at(visit.layer, e));
+        for (size_t i = 0; i < visit.experts.size(); ++i) {
+            double & score = score_[bundles_.at(visit.layer, visit.experts[i])];
+            score = next_score(score, visit, i);
         }
     }
     void insert(int bundle) override { by_layer_[bundles_.layer(bundle)].push_back(bundle); }
@@ -95,7 +96,7 @@ class ScoreOrder : public Order {
     }
 
   protected:
-    virtual double next_score(double score, const Visit & visit, int bundle) = 0;
+    virtual double next_score(double score, const Visit & visit, size_t i) = 0;  // of visit.experts[i]
 
     Bundles                       bundles_;
     std::vector<double>           score_;
@@ -106,12 +107,12 @@ class ScoreOrder : public Order {
 
 struct Lru : ScoreOrder {
     using ScoreOrder::ScoreOrder;
-    double next_score(double, const Visit & visit, int) override { return (double) visit.number; }
+    double next_score(double, const Visit & visit, size_t i) override { return (double) visit.number * 0x1p24 + visit.touched[i]; }
 };
 
 struct Lfu : ScoreOrder {
     using ScoreOrder::ScoreOrder;
-    double next_score(double score, const Visit &, int) override { return score + 1; }
+    double next_score(double score, const Visit &, size_t) override { return score + 1; }
 };
 
 // Scores are each bundle's uses in the whole replay, known beforehand: the most used ones stay.
@@ -123,7 +124,7 @@ struct Static : ScoreOrder {
             }
         }
     }
-    double next_score(double score, const Visit &, int) override { return score; }
+    double next_score(double score, const Visit &, size_t) override { return score; }
 };
 
 // Belady's MIN: what is used again last leaves, known beforehand. No other order misses fewer bundles.
@@ -139,11 +140,7 @@ class Min : public ScoreOrder {
             }
         }
     }
-    double next_score(double, const Visit & visit, int bundle) override {
-        const auto & experts = visit.experts;
-        const auto at = std::lower_bound(experts.begin(), experts.end(), bundles_.expert(bundle)) - experts.begin();
-        return -next_use_[visit.number][(size_t) at];
-    }
+    double next_score(double, const Visit & visit, size_t i) override { return -next_use_[visit.number][i]; }
 
   private:
     std::vector<std::vector<double>> next_use_;  // [visit][of experts]
@@ -225,7 +222,7 @@ class S3Fifo : public Order {
 
 std::vector<Visit> visits_of(const spac_simulation & s) {
     std::vector<Visit> visits;
-    std::vector<uint8_t> seen((size_t) s.n_experts);
+    std::vector<int32_t> touched((size_t) s.n_experts);
     uint64_t ubatch = 0;
     for (uint64_t first = 0, end; first < s.n_tokens; first = end, ++ubatch) {
         end = first + 1;
@@ -233,19 +230,20 @@ std::vector<Visit> visits_of(const spac_simulation & s) {
             ++end;
         }
         for (int layer = 0; layer < s.n_layers; ++layer) {
-            std::fill(seen.begin(), seen.end(), 0);
+            std::fill(touched.begin(), touched.end(), -1);
             for (uint64_t token = first; token < end; ++token) {
                 for (int i = 0; i < s.n_used; ++i) {
                     const uint16_t e = s.ids[(token * (uint64_t) s.n_layers + (uint64_t) layer) * (uint64_t) s.n_used + (uint64_t) i];
                     if (e < s.n_experts) {
-                        seen[e] = 1;
+                        touched[e] = (int32_t) (token - first) * s.n_used + i;
                     }
                 }
             }
-            Visit visit{ ubatch * (uint64_t) s.n_layers + (uint64_t) layer, layer, {}, first, end - first };
+            Visit visit{ ubatch * (uint64_t) s.n_layers + (uint64_t) layer, layer, {}, {}, first, end - first };
             for (int e = 0; e < s.n_experts; ++e) {
-                if (seen[(size_t) e]) {
+                if (touched[(size_t) e] >= 0) {
                     visit.experts.push_back(e);
+                    visit.touched.push_back(touched[(size_t) e]);
                 }
             }
             visits.push_back(std::move(visit));

@@ -178,6 +178,8 @@ def _from_fields(fields: dict[str, Array]) -> Trace:
         raise TraceError(f"is not a trace: {', '.join(lacking)} not in it")
     meta = _read_meta(fields["meta"])
     ids = fields["ids"]
+    if ids.dtype.kind in "iu":
+        ids = ids.astype(np.int64)
     if ids.ndim != 3 or 0 in ids.shape or ids.dtype.kind not in "iu":
         raise TraceError(f"ids must be whole numbers [tokens, layers, k], not {ids.dtype} {list(ids.shape)}")
     n, layers, _ = ids.shape
