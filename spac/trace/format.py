@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -98,7 +97,13 @@ class Trace:
         """
         requests = self.requests
         half = (len(requests) + 1) // 2
-        parts = {"all": slice(None), "first-half": slice(half), "second-half": slice(half, None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+        parts = {
+            "all": slice(None),
+            "first-half": slice(half),
+            "second-half": slice(half, None),
+            "even": slice(0, None, 2),
+            "odd": slice(1, None, 2),
+        }
         chosen = requests[parts[which]]
         if not len(chosen):
             raise TraceError(f"the trace has {len(requests)} request(s): none is in {which}")
@@ -162,10 +167,11 @@ class Trace:
             raise TraceError(f"{name}: No such file") from None
         except IsADirectoryError:
             raise TraceError(f"{name}: is a directory, not a trace") from None
-        except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as e:
-            raise TraceError(f"{name}: is not a trace (a .npz file that `spac run --trace` writes), or is damaged: {e}") from None
-        except Exception as e:  # zlib.error and what else a damaged archive may raise
-            raise TraceError(f"{name}: the trace is damaged: {e}") from None
+        except PermissionError as e:
+            raise TraceError(f"{name}: {e.strerror}") from None
+        except Exception as e:  # a damaged archive may raise nearly anything: BadZipFile, zlib.error, ValueError, EOFError
+            reason = "" if "pickle" in str(e) else f" ({e})"  # numpy's words for any file that is no archive
+            raise TraceError(f"{name}: is not a trace, a .npz file that `spac run --trace` writes, or is damaged{reason}") from None
         try:
             return _from_fields(fields)
         except TraceError as e:

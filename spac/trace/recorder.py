@@ -136,7 +136,7 @@ class Recorder:
             seq=tokens[:, 3].astype(np.int32),
             ubatch=np.array(rows.ubatch, np.int32),
             ubatch_s=np.array(rows.ubatch_s, np.float32),
-            expert_s=np.array(rows.expert_s, np.float32).reshape(-1, layers),
+            expert_s=np.array(rows.expert_s, np.float32).reshape(len(rows.expert_s), layers),
             n_experts=self._facts.n_experts,
             blocks=tuple(self._blocks),
             bundle_bytes=tuple(layer.bundle_bytes for layer in self._facts.expert_layers),
