@@ -418,7 +418,10 @@ def take_routing(recorder: int) -> list[RoutedLayer]:
     raw = _sized(Routing)
     while check(spac_recorder_next(recorder, ctypes.byref(raw))):
         shape = (raw.n_tokens, raw.n_used)
-        ids, weights = (np.ctypeslib.as_array(pointer, shape).copy() for pointer in (raw.ids, raw.weights))
+        if raw.n_tokens == 0:  # a last layer without a wanted output; its pointers are null
+            ids, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        else:
+            ids, weights = (np.ctypeslib.as_array(pointer, shape).copy() for pointer in (raw.ids, raw.weights))
         records.append(RoutedLayer(raw.layer, ids, weights, raw.expert_s))
     return records
 

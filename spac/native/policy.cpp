@@ -10,10 +10,10 @@ namespace {
 
 // Found on one half of a trace of gpt-oss-20b and checked on the other; the optimum is flat: docs/benchmarks/policy.md.
 constexpr double recent_half_life_tokens = 8, steady_half_life_tokens = 128;
-constexpr int    n_ages = 8, n_levels = 16, n_cells = n_ages * n_levels * n_levels;
+constexpr int      n_ages = 8, n_levels = 16, n_cells = n_ages * n_levels * n_levels;
 constexpr uint32_t never = UINT32_MAX;
-constexpr float  prior_tokens = 64;          // what the first guess about a cell weighs
-constexpr float  remembered_tokens = 1 << 16;  // a cell that has seen more than this forgets half
+constexpr float    prior_tokens = 1024;          // what the first guess about a cell weighs: with less, short runs suffer
+constexpr float    remembered_tokens = 1 << 16;  // a cell that has seen more than this forgets half
 
 const float recent_decay = (float) std::exp2(-1 / recent_half_life_tokens), recent_share = 1 - recent_decay;
 const float steady_decay = (float) std::exp2(-1 / steady_half_life_tokens), steady_share = 1 - steady_decay;
@@ -46,7 +46,7 @@ int age_of(uint32_t idle_tokens) {  // 0: used by the last token; then octaves
 Policy::Policy(const std::vector<int> & n_experts) : layers_(n_experts.size()), cells_(n_cells + 1) {
     for (int i = 0; i < n_cells; ++i) {  // the first guess: it goes on as it went, less the longer it has not been used
         const int steady = i % n_levels, recent = i / n_levels % n_levels, age = i / (n_levels * n_levels);
-        const float guess = (share_of(recent) + share_of(steady)) / 2 * (float) std::exp2(-age / 2.0);
+        const float guess = std::sqrt((share_of(recent) + share_of(steady)) / 2) * (float) std::exp2(-age / 2.0);
         cells_[i] = { guess * prior_tokens, prior_tokens };
     }
     for (size_t i = 0; i < layers_.size(); ++i) {

@@ -68,7 +68,7 @@ TEST_CASE("a layer whose turn is near is worth more than one just computed, in a
 TEST_CASE("chances approach how often bundles really are used, whatever the first guess") {
     // each token uses what the token before it did not: the guess that things go on as they went is wrong
     Policy policy({ 2 });
-    for (int token = 0; token < 2000; ++token) {
+    for (int token = 0; token < 60000; ++token) {
         use(policy, 0, { token % 2 });
     }
     CHECK(policy.chance(0, 0) > 0.95);   // 1 was last
