@@ -47,7 +47,7 @@ def simulate(
         typer.Option(metavar="NAMES", help="default (the pager's), lru, lfu, static, s3fifo, min (Belady's); several by commas."),
     ] = None,
     quota: Annotated[
-        Quota, typer.Option(help="One cache for all layers or one for each; auto: as the pager has it for default, one for each for others.")
+        Quota, typer.Option(help="One cache for all layers, or one for each; auto: one for default, as the pager has it, else one for each.")
     ] = Quota.auto,
     requests: Selection = Requests.all,
     tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Replay only the first N tokens.", show_default=False)] = None,

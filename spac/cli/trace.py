@@ -56,7 +56,8 @@ def describe(trace: Trace) -> dict[str, Any]:
         "skew": skew(trace),
         "repeated": repeated(trace),
         "hit_rates": {
-            text: {policy: replay(trace, parse_cache(text, trace), policy).hit_rate for policy in ("default", "lru", "min")} for text in caches
+            text: {policy: replay(trace, parse_cache(text, trace), policy).hit_rate for policy in ("default", "lru", "min")}
+            for text in caches
         },
     }
 
