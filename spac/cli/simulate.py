@@ -47,7 +47,7 @@ def simulate(
         typer.Option(metavar="NAMES", help="default (the pager's), lru, lfu, static, s3fifo, min (Belady's); several by commas."),
     ] = None,
     quota: Annotated[
-        Quota, typer.Option(help="One cache for all layers, or one for each; auto: one for default, as the pager has it, else one for each.")
+        Quota, typer.Option(help="One cache for all layers, or one for each; auto: one for default, as in the pager, else one for each.")
     ] = Quota.auto,
     requests: Selection = Requests.all,
     tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Replay only the first N tokens.", show_default=False)] = None,
@@ -62,10 +62,10 @@ def simulate(
     ] = None,
     compute: Annotated[
         str | None,
-        typer.Option(metavar="TRACE", help="Times of compute from this trace, recorded unpaged; else TRACE itself.", show_default=False),
+        typer.Option(metavar="TRACE", help="Compute times from this trace, all experts in memory; else TRACE.", show_default=False),
     ] = None,
     token_s: Annotated[
-        float | None, typer.Option(min=0, metavar="S", help="Seconds a token takes unpaged and untraced, if measured.", show_default=False)
+        float | None, typer.Option(min=0, metavar="S", help="Seconds a token takes untraced, all in memory.", show_default=False)
     ] = None,
     as_json: AsJson = False,
     debug: opt.Debug = False,

@@ -63,7 +63,7 @@ class Compute:
 
     @classmethod
     def measured(cls, trace: Trace, token_s: float | None = None) -> Compute:
-        """Medians of the decoded tokens of a trace that was recorded without paging.
+        """Medians of the decoded tokens of a trace that was recorded with all experts in memory.
 
         Args:
             token_s: seconds a token took in a run without `--trace` (which costs a little), if that was measured.
@@ -73,7 +73,7 @@ class Compute:
         """
         decoded = decode_ubatches(trace)
         if len(trace.ubatch_s) != len(decoded) or not decoded.any() or not trace.expert_s.any():
-            raise OptionError("the trace has no times: record it with `spac run --trace` and --paging off, and do not cut it")
+            raise OptionError("the trace has no times: record it with `spac run --trace`, all experts in memory, and do not cut it")
         experts = float(np.median(trace.expert_s[decoded].sum(axis=1)))
         total = token_s if token_s is not None else float(np.median(trace.ubatch_s[decoded]))
         return cls(total, experts / (trace.n_layers * trace.n_used))
