@@ -23,7 +23,7 @@ from spac.errors import (
     OptionError,
     SpacError,
 )
-from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
+from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent
 
 ABI_VERSION: Final = 2
 EVENT_MAX_EXPERTS: Final = 32
@@ -140,8 +140,46 @@ class Bundle(ctypes.Structure):
     )
 
 
+# typedef struct spac_simulation { ... } spac_simulation;
+class Simulation(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("ids", ctypes.c_void_p),
+        ("ubatch", ctypes.c_void_p),
+        ("bundle_bytes", ctypes.c_void_p),
+        ("n_tokens", ctypes.c_uint64),
+        ("n_bundles", ctypes.c_uint64),
+        ("n_layers", ctypes.c_int32),
+        ("n_experts", ctypes.c_int32),
+        ("n_used", ctypes.c_int32),
+        ("policy", ctypes.c_int32),
+        ("by_layer", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("visit_uses", ctypes.c_void_p),
+        ("visit_misses", ctypes.c_void_p),
+        ("n_ubatches", ctypes.c_uint64),
+        ("hits", ctypes.c_uint64),
+        ("misses", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+    )
+
+
+# typedef struct spac_routing { uint64_t struct_size; int64_t n_tokens; int32_t layer, n_used; const int32_t * ids;
+#                               const float * weights; double expert_s; } spac_routing;
+class Routing(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("n_tokens", ctypes.c_int64),
+        ("layer", ctypes.c_int32),
+        ("n_used", ctypes.c_int32),
+        ("ids", ctypes.POINTER(ctypes.c_int32)),
+        ("weights", ctypes.POINTER(ctypes.c_float)),
+        ("expert_s", ctypes.c_double),
+    )
+
+
 # in the order of SPAC_STRUCT_*
-STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (Options, Info, Stats, Event, Error, Memory, Bundle)
+STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (Options, Info, Stats, Event, Error, Memory, Bundle, Simulation, Routing)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _S = TypeVar("_S", bound=ctypes.Structure)
@@ -304,6 +342,29 @@ def spac_context_take_error(context: int, error: Any, /) -> int: ...
 def spac_memory_measure(path: bytes, model_params: Any, context_params: Any, memory: Any, /) -> int: ...
 
 
+# -- recording and simulation --
+
+
+# spac_recorder * spac_recorder_new(void);
+@_function("spac_recorder_new", [], ctypes.c_void_p)
+def spac_recorder_new() -> int | None: ...
+
+
+# void spac_recorder_free(spac_recorder * recorder);
+@_function("spac_recorder_free", [ctypes.c_void_p], None)
+def spac_recorder_free(recorder: int, /) -> None: ...
+
+
+# int spac_recorder_next(spac_recorder * recorder, spac_routing * routing);
+@_function("spac_recorder_next", [ctypes.c_void_p, ctypes.POINTER(Routing)], ctypes.c_int)
+def spac_recorder_next(recorder: int, routing: Any, /) -> int: ...
+
+
+# int spac_simulate(spac_simulation * simulation);
+@_function("spac_simulate", [ctypes.POINTER(Simulation)], ctypes.c_int)
+def spac_simulate(simulation: Any, /) -> int: ...
+
+
 # -- typed wrappers --
 
 _ERRORS: Final[dict[int, type[SpacError]]] = {
@@ -348,6 +409,29 @@ def abort_callback_address() -> int:
     address = ctypes.cast(_lib.spac_abort_callback, ctypes.c_void_p).value
     assert address is not None
     return address
+
+
+def recorder_callback_address() -> int:
+    """Address of the native `spac_recorder_callback`, for `llama_context_params.cb_eval`."""
+    address = ctypes.cast(_lib.spac_recorder_callback, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+def take_routing(recorder: int) -> list[RoutedLayer]:
+    """What was routed since the last call, in the order of computing."""
+    import numpy as np
+
+    records = []
+    raw = _sized(Routing)
+    while check(spac_recorder_next(recorder, ctypes.byref(raw))):
+        shape = (raw.n_tokens, raw.n_used)
+        if raw.n_tokens == 0:  # a last layer without a wanted output; its pointers are null
+            ids, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        else:
+            ids, weights = (np.ctypeslib.as_array(pointer, shape).copy() for pointer in (raw.ids, raw.weights))
+        records.append(RoutedLayer(raw.layer, ids, weights, raw.expert_s))
+    return records
 
 
 def begin_load(store: str, n_io_threads: int = 0, repack: bool = False) -> None:

@@ -9,7 +9,7 @@ import functools
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import llama_cpp
 import llama_cpp.llama_cpp as upstream
@@ -20,6 +20,9 @@ from spac.gguf_check import ModelFacts, check_model
 from spac.governor import Governor
 from spac.plan import VOCABULARY_FACTOR, Paging, Plan, Sizes, make_plan, paged_ubatch
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
+
+if TYPE_CHECKING:
+    from spac.trace.recorder import Recorder
 
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
 PAGINGS: Final = ("auto", "on", "off")
@@ -51,11 +54,13 @@ class Handle:
     Attributes:
         plan: how the model was loaded into the limit; None with paging="off".
         facts: what the model's headers say.
+        recorder: with record_routing=True: `recorder.trace()` is what was routed so far.
     """
 
     def __init__(self, facts: ModelFacts) -> None:
         self.facts = facts
         self.plan: Plan | None = None
+        self.recorder: Recorder | None = None
         self._model: seam.Model | None = None
         self._context: seam.Context | None = None
 
@@ -139,6 +144,7 @@ class Llama(llama_cpp.Llama):
         n_io_threads: reads in flight; 0: libspac's default.
         repack: weights are rearranged for the CPU's faster kernels, as llama.cpp does by default: dense ones when they are
             loaded, paged experts each time that they are read (not with the store "mmap"). False is llama.cpp's --no-repack.
+        record_routing: keep each token's experts, as `llama.spac.recorder` tells. Slows decoding down.
         on_progress: called while loading with 0.0 to 1.0; False cancels.
 
     Raises:
@@ -157,6 +163,7 @@ class Llama(llama_cpp.Llama):
         n_io_threads: int = 0,
         repack: bool = True,
         on_progress: Callable[[float], bool] | None = None,
+        record_routing: bool = False,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() may be called on what was never finished
@@ -165,6 +172,10 @@ class Llama(llama_cpp.Llama):
         path = os.fspath(model_path)
         facts = check_model(path)
         self.spac = Handle(facts)
+        if record_routing:
+            from spac.trace.recorder import Recorder
+
+            self.spac.recorder = Recorder(facts)
         self._on_progress = on_progress
         self._member: int | None = None
         self._flash_attn: bool | None = kwargs.pop("flash_attn", None)
@@ -237,6 +248,7 @@ class Llama(llama_cpp.Llama):
             verbose=verbose,
             before_decode=void if member is None else functools.partial(_governor.before_decode, member),
             after_decode=void if member is None else functools.partial(_governor.after_decode, member),
+            recorder=self.spac.recorder,
         )
         self.spac._context = context
         return context

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp._internals
 import llama_cpp.llama_cpp as upstream
@@ -19,6 +19,9 @@ import llama_cpp.llama_cpp as upstream
 from spac import control, log
 from spac.errors import Cancelled, DecodeError, LibraryError, ModelFileError, SpacError
 from spac.gguf_check import EXPERT_PATTERN
+
+if TYPE_CHECKING:
+    from spac.trace.recorder import Recorder
 
 internals: Any = llama_cpp._internals  # its classes are replaced here
 _StockModel: Any = internals.LlamaModel
@@ -129,7 +132,14 @@ class Context(_StockContext):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, model: Model, params: Any, verbose: bool, before_decode: Callable[[int], None], after_decode: Callable[[int], None]
+        self,
+        *,
+        model: Model,
+        params: Any,
+        verbose: bool,
+        before_decode: Callable[[int], None],
+        after_decode: Callable[[int], None],
+        recorder: Recorder | None = None,
     ) -> None:
         self.sampler = None
         self.ctx = None
@@ -144,6 +154,10 @@ class Context(_StockContext):  # type: ignore[misc]
             raise SpacError("out of memory for a context")
         params.abort_callback = ctypes.cast(control.abort_callback_address(), upstream.ggml_abort_callback)
         params.abort_callback_data = self.spac_context
+        self._recorder = recorder
+        if recorder is not None:
+            params.cb_eval = ctypes.cast(control.recorder_callback_address(), upstream.ggml_backend_sched_eval_callback)
+            params.cb_eval_user_data = recorder.handle
         log.forget_error()
         try:
             super().__init__(model=model, params=params, verbose=verbose)
@@ -163,7 +177,11 @@ class Context(_StockContext):  # type: ignore[misc]
                 raise DecodeError("the model is closed")
             n_tokens = int(batch.batch.n_tokens)
             self._before_decode(n_tokens)
+            if self._recorder is not None:
+                self._recorder.before_decode()
             code = upstream.llama_decode(self.ctx, batch.batch)
+            if self._recorder is not None:
+                self._recorder.after_decode(batch.batch, code == 0)
             if code != 0:
                 raise self._error("llama_decode", code)
             self._after_decode(n_tokens)
@@ -213,6 +231,8 @@ class Context(_StockContext):  # type: ignore[misc]
                 super().close()
             self.ctx = None
             self._free_spac_context()
+            if self._recorder is not None:
+                self._recorder.close()
 
 
 def physical_cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,20 @@ class RoutingEvent:
     experts: tuple[int, ...]
     hits: tuple[bool, ...]
     stall_s: float
+
+
+@dataclass(frozen=True)
+class RoutedLayer:
+    """What a recorder saw in one layer of one ubatch.
+
+    Attributes:
+        layer: block number.
+        ids: int32 [tokens, k], experts; a last layer may have computed fewer tokens than the ubatch has.
+        weights: float32 [tokens, k].
+        expert_s: seconds from the router's end to the end of the experts' last product.
+    """
+
+    layer: int
+    ids: Any
+    weights: Any
+    expert_s: float

@@ -88,6 +88,7 @@ class LoadOptions:
     paging: Paging
     repack: bool
     debug: bool
+    record_routing: bool = False
 
 
 def load(options: LoadOptions) -> tuple[Llama, float]:
@@ -123,6 +124,7 @@ def load(options: LoadOptions) -> tuple[Llama, float]:
                 n_batch=max(512, options.ubatch or 0),
                 n_ubatch=options.ubatch,
                 n_threads=options.threads or None,
+                record_routing=options.record_routing,
                 verbose=options.debug,
             )
         except Cancelled:

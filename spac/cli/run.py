@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from spac.errors import Cancelled, SpacError
 if TYPE_CHECKING:
     from spac.generate import Generation
     from spac.llama import Llama
+    from spac.trace.recorder import Recorder
 
 
 def run(
@@ -38,13 +40,18 @@ def run(
     store: opt.StoreOption = "auto",
     paging: opt.PagingOption = opt.Paging.auto,
     repack: opt.Repack = True,
+    trace: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write which experts each token used, for `spac simulate`.", show_default=False)
+    ] = None,
     stats: opt.Stats = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer.")] = False,
     debug: opt.Debug = False,
 ) -> int:
     """Continue a prompt."""
     text = read_prompt(prompt, file)
-    llama, load_s = opt.load(opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug))
+    if trace is not None:
+        check_writable(trace)
+    llama, load_s = opt.load(opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug, trace is not None))
     from spac.generate import Sampling, generate, tokenize
 
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
@@ -65,11 +72,39 @@ def run(
         print(flush=True)
     if generation.finish == "context" and not as_json:
         terminal.note(f"spac: the context of {llama.n_ctx()} tokens is full; raise --ctx for more")
+    if trace is not None and llama.spac.recorder is not None:
+        save_trace(llama.spac.recorder, trace)
     if stats:
         for line in terminal.stats_lines(llama, generation, load_s):
             terminal.note(line)
     llama.close()
     return 130 if interrupts.hit else 0
+
+
+def check_writable(path: str) -> None:
+    """Before anything long begins.
+
+    Raises:
+        SpacError: the trace cannot be written there.
+    """
+    folder = Path(path).parent
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise SpacError(f"{path}: cannot write the trace: {'is a directory' if Path(path).is_dir() else f'no writable folder {folder}'}")
+
+
+def save_trace(recorder: Recorder, path: str) -> None:
+    """Write what was recorded.
+
+    Raises:
+        SpacError: it cannot be written, or nothing was routed.
+    """
+    recorded = recorder.trace()
+    if recorded.n_tokens == 0:
+        raise SpacError(f"{path}: no trace written: nothing was routed to experts (a dense model, or no token was computed)")
+    try:
+        recorded.save(path)
+    except OSError as e:
+        raise SpacError(f"{path}: cannot write the trace: {e.strerror}") from None
 
 
 def read_prompt(prompt: str | None, file: str | None) -> str:

@@ -4,6 +4,7 @@
 #include "buffer-type.h"
 #include "error.h"
 #include "library.h"
+#include "simulate.h"
 
 #include <algorithm>
 #include <exception>
@@ -55,6 +56,8 @@ size_t spac_struct_size(int which) {
         case SPAC_STRUCT_ERROR:   return sizeof(spac_error);
         case SPAC_STRUCT_MEMORY:  return sizeof(spac_memory);
         case SPAC_STRUCT_BUNDLE:  return sizeof(spac_bundle);
+        case SPAC_STRUCT_SIMULATION: return sizeof(spac_simulation);
+        case SPAC_STRUCT_ROUTING: return sizeof(spac_routing);
         default:                  return 0;
     }
 }
@@ -228,4 +231,22 @@ void spac_cancel(spac_context * context) {
 int spac_context_take_error(spac_context * context, spac_error * error) {
     const int code = check_size(error, "spac_error");
     return code != SPAC_OK ? code : Library::get().pager.take_error(*context, *error);
+}
+
+//
+// simulation
+//
+
+int spac_simulate(spac_simulation * s) {
+    if (const int code = check_size(s, "spac_simulation")) {
+        return code;
+    }
+    const bool positive = s->n_layers > 0 && s->n_experts > 0 && s->n_experts <= UINT16_MAX && s->n_used > 0 && s->n_bundles > 0;
+    if (!positive || (!s->ids && s->n_tokens > 0) || !s->bundle_bytes || s->policy < SPAC_POLICY_DEFAULT || s->policy > SPAC_POLICY_MIN) {
+        return fail(SPAC_E_ARGUMENT, "spac_simulation: no routing, no room, or no such policy");
+    }
+    return guarded([&] {
+        spac::simulate(*s);
+        return SPAC_OK;
+    });
 }

@@ -23,6 +23,7 @@ struct Visit {
     uint32_t             seen_parts = 0;  // bit: part whose op has begun
     std::vector<int32_t> experts;         // that this layer needs
     std::vector<uint8_t> open;            // [part * n_experts + expert]: counted in Slice::upcoming
+    bool                 whole = false;   // few experts: their bundles stay together until the layer's last op has ended
 };
 
 }  // namespace spac
@@ -38,7 +39,6 @@ struct spac_context {
     spac::Visit visit;
     int         last_group = 1 << 30;  // index of the group last visited: a smaller or equal one begins a ubatch
     uint64_t    end_token  = 0;        // of the ubatch, exclusive
-    double      clock      = 0;        // of the ubatch's first token that counts
 
     // The first error stays until it is taken.
     void stop(int code, int os_error, const std::string & path, uint64_t offset, uint64_t length);

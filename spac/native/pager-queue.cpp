@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 
 namespace spac {
 
@@ -149,10 +150,10 @@ int Pager::prefetch(Model & model, const spac_bundle * bundles, int n) {
                 !std::isfinite(bundles[i].utility)) {
                 continue;
             }
-            const double score = std::max(group->bundles[e].score, Policy::worth(clock_, bundles[i].utility));
-            rescore(group->bundles[e], score);
+            model.policy->expect(group->index, e, bundles[i].utility);
+            const double rank = -model.policy->worth(group->index, e);
             for (PagedTensor * part : group->parts) {
-                enqueue(*part, e, prefetch_deadline + std::max(0, bundles[i].deadline), -score, nullptr);
+                enqueue(*part, e, prefetch_deadline + std::max(0, bundles[i].deadline), rank, nullptr);
             }
         }
     }
@@ -178,35 +179,41 @@ bool Pager::is_head(const PagedTensor & tensor, int expert) const {
     return false;
 }
 
-void Pager::rescore(Bundle & bundle, double score) {
-    if (bundle.n_present == 0) {
-        bundle.score = score;
-        return;
-    }
-    present_.erase(&bundle);
-    bundle.score = score;
-    present_.insert(&bundle);
+double Pager::worth(const PagedTensor & tensor, int expert) const {
+    return tensor.model->policy->worth(tensor.group->index, expert);
+}
+
+// Whether a slice may go that no op will use.
+bool Pager::droppable(PagedTensor & tensor, int expert) const {
+    return expert < tensor.n_experts && tensor.slices[expert].upcoming == 0 && idle(tensor, expert) && !is_head(tensor, expert);
 }
 
 void Pager::count_present(Bundle & bundle, int change) {
+    const bool before = bundle.n_present > 0;
     bundle.n_present += change;
-    if (bundle.n_present == 0) {
-        present_.erase(&bundle);
-    } else {
-        present_.insert(&bundle);
+    if (const bool now = bundle.n_present > 0; now != before) {
+        bundle.group->parts[0]->model->policy->set_present(bundle.group->index, bundle.expert, now);
     }
 }
 
 Pager::Victim Pager::cheapest() const {
-    for (const Bundle * bundle : present_) {
-        for (PagedTensor * part : bundle->group->parts) {
-            const int e = bundle->expert;
-            if (e < part->n_experts && part->slices[e].upcoming == 0 && idle(*part, e) && !is_head(*part, e)) {
-                return { part, e, bundle->score };
+    Victim cheapest;
+    for (const auto & model : models_) {
+        PagedTensor * tensor = nullptr;
+        const Policy::Victim found = model->policy->cheapest([&](int group, int expert) {
+            for (PagedTensor * part : model->groups[group]->parts) {
+                if (droppable(*part, expert)) {
+                    tensor = part;
+                    return true;
+                }
             }
+            return false;
+        });
+        if (tensor && (!cheapest.tensor || found.worth < cheapest.score)) {
+            cheapest = { tensor, found.expert, found.worth };
         }
     }
-    return {};
+    return cheapest;
 }
 
 // Slices that ops will still use, the latest use first: other tensors before the op's own, its own from the back.
@@ -229,7 +236,7 @@ Pager::Victim Pager::spare_upcoming(const Op * op) const {
 }
 
 bool Pager::make_room(const Job & job, Claim claim, Refusal & refusal) {
-    const double own_score = job.tensor->group->bundles[job.expert].score;
+    const double own_score = worth(*job.tensor, job.expert);
     if (refusal.full && claim != Claim::anything_idle && (claim == Claim::not_upcoming ? refusal.nothing : own_score <= refusal.score)) {
         return false;  // an earlier job of this search found out
     }

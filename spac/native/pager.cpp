@@ -6,6 +6,9 @@
 
 namespace spac {
 
+// A layer's visit that needs at most this part of the budget keeps its bundles together; what needs more streams by slices.
+static constexpr uint64_t whole_visit_part = 8;
+
 //
 // set-up
 //
@@ -26,8 +29,10 @@ void Model::arrange() {
         expert_bytes += bytes;
         expert_page_bytes += (misplaced + bytes + page_size() - 1) / page_size() * page_size();
     }
+    std::vector<int> n_experts_by_group;
     for (size_t i = 0; i < groups.size(); ++i) {
         Group & group = *groups[i];
+        n_experts_by_group.push_back(group.n_experts);
         group.index   = (int) i;
         group.bundles.resize(group.n_experts);
         for (int expert = 0; expert < group.n_experts; ++expert) {
@@ -43,6 +48,7 @@ void Model::arrange() {
             max_bundle_bytes = std::max(max_bundle_bytes, bytes);
         }
     }
+    policy = std::make_unique<Policy>(n_experts_by_group);
 }
 
 Pager::~Pager() {
@@ -300,7 +306,9 @@ void Pager::end_expert(Op & op, int expert) {
 
 // All threads are done with the expert.
 void Pager::leave(Op & op, int expert, Lock &) {
-    close_upcoming(*op.context, *op.tensor, expert);
+    if (!op.context->visit.whole) {
+        close_upcoming(*op.context, *op.tensor, expert);
+    }
     while (op.head < op.needed.size() && *op.left[op.head] == op.n_threads) {
         ++op.head;
     }
@@ -319,6 +327,14 @@ void Pager::finish_op(Op & op) {
         if (slice.state == State::queued && slice.op == &op) {
             dequeue(*op.tensor, e);
             arrived_.notify_all();
+        }
+    }
+    const Visit & visit = op.context->visit;
+    if (visit.group == op.tensor->group && visit.seen_parts + 1 == 1u << visit.group->parts.size()) {  // the layer's last op
+        for (PagedTensor * part : visit.group->parts) {
+            for (int32_t e : visit.experts) {
+                close_upcoming(*op.context, *part, e);
+            }
         }
     }
     ops_.erase(std::find(ops_.begin(), ops_.end(), &op));
@@ -340,9 +356,12 @@ void Pager::begin_visit(PagedTensor & tensor, spac_context & context, const std:
     visit.group      = &group;
     visit.seen_parts = 0;
     visit.experts    = needed;
+    visit.whole      = needed.size() * tensor.model->max_bundle_bytes <= budget_ / whole_visit_part;
     visit.open.assign(group.parts.size() * (size_t) group.n_experts, 0);
     count_uses(group, context.end_token, needed, routing);
-    score_uses(group, context.clock, needed, routing);
+    tensor.model->policy->begin(group.index);
+    tensor.model->policy->use_ubatch(group.index, needed, routing.n_tokens, routing.n_used,
+                                     [&](int64_t token, int i) { return routing.at(token, i); });
     for (PagedTensor * part : group.parts) {
         for (int32_t e : needed) {
             visit.open[(size_t) part->part * group.n_experts + e] = 1;
@@ -365,23 +384,6 @@ void Pager::begin_ubatch(Model & model, spac_context & context, const Routing & 
     }
     context.end_token = model.tokens.fetch_add((uint64_t) routing.n_tokens, std::memory_order_relaxed) + (uint64_t) routing.n_tokens;
     model.ubatches.fetch_add(1, std::memory_order_relaxed);
-    context.clock = clock_;
-    clock_ += (double) std::min<int64_t>(routing.n_tokens, Policy::ubatch_tokens);
-}
-
-void Pager::score_uses(Group & group, double clock, const std::vector<int32_t> & needed, const Routing & routing) {
-    const int64_t first = std::max<int64_t>(0, routing.n_tokens - Policy::ubatch_tokens);
-    for (int64_t token = first; token < routing.n_tokens; ++token) {
-        for (int i = 0; i < routing.n_used; ++i) {
-            const int32_t e = routing.at(token, i);
-            if (e >= 0 && e < group.n_experts) {
-                rescore(group.bundles[e], Policy::use(group.bundles[e].score, clock + (double) (token - first)));
-            }
-        }
-    }
-    for (int32_t e : needed) {  // an expert of early tokens only, or of no token of the table
-        rescore(group.bundles[e], std::max(group.bundles[e].score, Policy::worth(clock - Policy::half_life_tokens)));
-    }
 }
 
 void Pager::count_uses(Group & group, uint64_t end_token, const std::vector<int32_t> & needed, const Routing & routing) {

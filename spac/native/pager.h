@@ -35,8 +35,7 @@ namespace spac {
 struct Bundle {
     Group * group     = nullptr;
     int     expert    = 0;
-    double  score     = Policy::never;  // changed by Pager::rescore() only
-    int     n_present = 0;              // slices
+    int     n_present = 0;  // slices
 };
 
 struct Model;
@@ -59,6 +58,7 @@ struct Model {
     std::vector<std::unique_ptr<ModelFile>>   files;
     std::vector<std::unique_ptr<PagedTensor>> tensors;
     std::vector<std::unique_ptr<Group>>       groups;  // in the order of layers
+    std::unique_ptr<Policy>                   policy;  // its layers are groups
     uint64_t expert_bytes = 0, expert_page_bytes = 0, max_bundle_bytes = 0;
     int      n_experts = 0;
 
@@ -149,15 +149,6 @@ class Pager {
         int           expert = 0;
         double        score  = 0;
     };
-    // The cheapest bundle first; ties by place in the model, so that runs repeat.
-    struct Cheaper {
-        bool operator()(const Bundle * a, const Bundle * b) const {
-            if (a->score != b->score) { return a->score < b->score; }
-            if (a->group->key != b->group->key) { return a->group->key < b->group->key; }
-            if (a->expert != b->expert) { return a->expert < b->expert; }
-            return std::less<const Bundle *>()(a, b);
-        }
-    };
     // What a search for a job learned about the room that there is.
     struct Refusal {
         bool   full    = false;
@@ -172,7 +163,6 @@ class Pager {
     // layers and their experts
     void begin_visit(PagedTensor & tensor, spac_context & context, const std::vector<int32_t> & needed, const Routing & routing);
     void begin_ubatch(Model & model, spac_context & context, const Routing & routing);
-    void score_uses(Group & group, double clock, const std::vector<int32_t> & needed, const Routing & routing);
     void count_uses(Group & group, uint64_t end_token, const std::vector<int32_t> & needed, const Routing & routing);
     void end_visit(spac_context & context);
     void close_upcoming(spac_context & context, PagedTensor & tensor, int expert);
@@ -192,7 +182,8 @@ class Pager {
     bool make_room(const Job & job, Claim claim, Refusal & refusal);
     bool idle(PagedTensor & tensor, int expert) const;
     bool is_head(const PagedTensor & tensor, int expert) const;
-    void rescore(Bundle & bundle, double score);
+    double worth(const PagedTensor & tensor, int expert) const;
+    bool droppable(PagedTensor & tensor, int expert) const;
     void count_present(Bundle & bundle, int change);
     Victim cheapest() const;            // among slices that no op will use
     Victim spare_upcoming(const Op * op) const;  // among the others: for a head, or when the budget shrinks
@@ -205,7 +196,6 @@ class Pager {
     std::condition_variable arrived_;  // compute threads and removers: a slice changed its state
     std::atomic<uint64_t>   budget_, used_{ 0 }, peak_{ 0 };
     std::set<Job>           queue_;
-    std::set<Bundle *, Cheaper>              present_;   // bundles with slices in memory
     std::vector<std::shared_ptr<Model>>      models_;
     std::unordered_set<spac_context *>       contexts_;
     std::vector<Op *>                        ops_;       // active
@@ -214,7 +204,6 @@ class Pager {
     std::vector<std::thread>                 threads_;
     bool   stopping_ = false;
     int    n_idle_threads_ = 0;
-    double clock_ = 0;  // tokens, all models
 };
 
 }  // namespace spac

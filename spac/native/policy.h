@@ -1,28 +1,109 @@
-// The one utility order: what a bundle is worth, for eviction and for prefetch alike.
+// The one utility order: what a bundle is worth, for eviction and for prefetch alike. The pager and the simulator both ask
+// this class, so a replayed trace decides as a run does.
 //
-// A bundle's score is its frequency of use, decayed exponentially with a half-life in tokens: combined recency and
-// frequency (LRFU: Lee et al., IEEE Trans. Computers 50(12), 2001). It is kept as log2 of the sum of 2^(t/half_life) over
-// the times t of its uses, which orders bundles as the decayed sum does and needs no update while time passes.
+// A bundle's chance is the probability that its layer's next token uses it. It is read from a table that the policy fills
+// while it runs: how often bundles were used that stood as this one stands now, in three features (tokens since the last
+// use, frequency of late, frequency over longer). That is LHD's idea (Beckmann, Chen, Cidon: LHD, NSDI 2018) on the features
+// of LRFU (Lee et al., IEEE Trans. Computers 50(12), 2001): no weight between recency and frequency is fixed, the model's own
+// routing sets it. One table serves all layers, so experts of layers with and without a habit compare.
+//
+// A bundle's worth is its chance divided by how far away its layer's next turn is. Layers take turns in a circle: of two
+// bundles with the same chance, the one whose layer was just computed holds its place longest before it can be of use.
+//
+// Not thread-safe: the pager calls it under its mutex.
 #pragma once
 
-#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <vector>
 
 namespace spac {
 
-struct Policy {
-    static constexpr double half_life_tokens = 16.0;
-    static constexpr double never            = -1e300;  // the score of a bundle not used yet
+class Policy {
+  public:
     // Of a ubatch only the last tokens say what comes next: a long prompt counts no more than this many decoded tokens.
     static constexpr int ubatch_tokens = 32;
 
-    // A use that is expected with this weight (1: certain) at time t, in tokens.
-    static double worth(double t, double weight = 1.0) { return t / half_life_tokens + std::log2(weight); }
+    struct Victim {
+        int    layer  = -1;  // -1: none
+        int    expert = -1;
+        double worth  = std::numeric_limits<double>::infinity();
+    };
 
-    // Adds a use at time t to a score.
-    static double use(double score, double t) {
-        const double now = worth(t), high = now > score ? now : score, low = now > score ? score : now;
-        return high + std::log2(1.0 + std::exp2(low - high));
+    explicit Policy(const std::vector<int> & n_experts);  // [layer]; layers are numbered 0, 1, 2 ... as they are computed
+
+    // The layer begins to be computed: distances count from here.
+    void begin(int layer) { current_ = layer; }
+    // A token chose these experts in the layer. Numbers that are no expert's are ignored. learn: false for what was used at
+    // some time, not by the very next token.
+    void use(int layer, const int32_t * experts, int n, bool learn = true);
+    // A ubatch's tokens chose at(token, i) in the layer, i < n_used: experts, all together. Only its last tokens count one by
+    // one, what earlier ones used counts as one use before them.
+    template <typename F> void use_ubatch(int layer, const std::vector<int32_t> & experts, int64_t n_tokens, int n_used, F && at) {
+        const int64_t first = n_tokens > ubatch_tokens ? n_tokens - ubatch_tokens : 0;
+        if (first > 0) {
+            use(layer, experts.data(), (int) experts.size(), false);
+        }
+        std::vector<int32_t> chosen((size_t) n_used);
+        for (int64_t token = first; token < n_tokens; ++token) {
+            for (int i = 0; i < n_used; ++i) {
+                chosen[(size_t) i] = at(token, i);
+            }
+            use(layer, chosen.data(), n_used, first == 0 || token > first);
+        }
     }
+    // Somebody else foresees a use with this probability; it holds until the layer's next token.
+    void expect(int layer, int expert, double chance);
+    void set_present(int layer, int expert, bool present);
+
+    double chance(int layer, int expert) const { return layers_[layer].chance[expert]; }
+    double worth(int layer, int expert) const { return chance(layer, expert) * nearness(layer); }
+
+    // The present bundle of least worth among those that evictable(layer, expert) admits, in one layer or in all (-1). It
+    // skips layers whose cheapest present bundle is worth more than what was found already.
+    template <typename F> Victim cheapest(F && evictable, int only_layer = -1) {
+        Victim victim;
+        const int first = only_layer < 0 ? 0 : only_layer, last = only_layer < 0 ? (int) layers_.size() : only_layer + 1;
+        for (int layer = first; layer < last; ++layer) {
+            Layer & l = layers_[layer];
+            const double near = nearness(layer);
+            if (least_present(l) * near >= victim.worth) {
+                continue;
+            }
+            for (int expert = 0; expert < (int) l.chance.size(); ++expert) {
+                const double worth = l.chance[expert] * near;
+                if (worth < victim.worth && l.present[expert] && evictable(layer, expert)) {
+                    victim = { layer, expert, worth };
+                }
+            }
+        }
+        return victim;
+    }
+
+  private:
+    struct Layer {
+        std::vector<float>    recent, steady;  // share of tokens that used the expert, decayed
+        std::vector<uint32_t> idle_tokens;     // since the last use
+        std::vector<uint16_t> cell;
+        std::vector<float>    chance;
+        std::vector<uint8_t>  present, used;   // used: scratch of use()
+        float                 least = 0;       // smallest chance of those present; negative: not known
+    };
+    struct Cell {
+        float uses, tokens;  // of bundles that stood here: how many tokens came next, how many of them used the bundle
+    };
+
+    double nearness(int layer) const {  // layers in the circle by layers until this one's next turn: n_layers to 1
+        const int n = (int) layers_.size(), distance = (layer - current_ - 1 + n) % n + 1;
+        return (double) n / distance;
+    }
+    static float least_present(Layer & layer);
+    void         place(Layer & layer, size_t expert);  // into its cell
+
+    std::vector<Layer> layers_;
+    std::vector<Cell>  cells_;
+    int                current_ = 0;
 };
 
 }  // namespace spac

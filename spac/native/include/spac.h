@@ -57,9 +57,12 @@ enum {
     SPAC_STRUCT_ERROR   = 4,
     SPAC_STRUCT_MEMORY  = 5,
     SPAC_STRUCT_BUNDLE  = 6,
+    SPAC_STRUCT_SIMULATION = 7,
+    SPAC_STRUCT_ROUTING    = 8,
 };
 
-typedef struct spac_context spac_context;
+typedef struct spac_context  spac_context;
+typedef struct spac_recorder spac_recorder;
 
 // how the next model is to be paged
 typedef struct spac_options {
@@ -139,8 +142,52 @@ typedef struct spac_bundle {
     int32_t layer;     // block number
     int32_t expert;
     int32_t deadline;  // layers until needed; smaller is read first
-    float   utility;   // expected use: it may evict only what is worth less
+    float   utility;   // probability that the layer's next token uses it: it may evict only what is worth less
 } spac_bundle;
+
+// what a recorder saw in one layer of one ubatch
+typedef struct spac_routing {
+    uint64_t        struct_size;
+    int64_t         n_tokens;  // a model's last layer may compute only tokens whose output is wanted
+    int32_t         layer;     // block number
+    int32_t         n_used;
+    const int32_t * ids;       // [n_tokens][n_used], until the next call
+    const float *   weights;   // the same: what the experts' outputs are multiplied with
+    double          expert_s;  // from the router's end to the end of the experts' last product
+} spac_routing;
+
+// what decides which bundle leaves a simulated cache
+enum {
+    SPAC_POLICY_DEFAULT = 0,  // the pager's
+    SPAC_POLICY_LRU     = 1,
+    SPAC_POLICY_LFU     = 2,  // uses since the start
+    SPAC_POLICY_STATIC  = 3,  // the most used ones of the whole replay stay
+    SPAC_POLICY_S3FIFO  = 4,
+    SPAC_POLICY_MIN     = 5,  // Belady's: what is used again last leaves
+};
+
+// A replay of routing without weights. Bundles are fetched on demand; those of the layer being computed do not leave.
+typedef struct spac_simulation {
+    uint64_t         struct_size;
+    const uint16_t * ids;           // [n_tokens][n_layers][n_used]: experts; numbers from n_experts on are ignored
+    const int32_t *  ubatch;        // [n_tokens]: neighbours with the same number are computed together. NULL: each token alone
+    const uint64_t * bundle_bytes;  // [n_layers]
+    uint64_t         n_tokens;
+    uint64_t         n_bundles;     // that there is room for, in all layers together
+    int32_t          n_layers;
+    int32_t          n_experts;     // in each layer
+    int32_t          n_used;        // by a token in a layer
+    int32_t          policy;        // SPAC_POLICY_*
+    int32_t          by_layer;      // 0: one cache; 1: one for each layer, of n_bundles / n_layers
+    int32_t          reserved;      // 0
+    // results
+    uint16_t *       visit_uses;    // [n_ubatches][n_layers]: bundles asked for; room for n_tokens * n_layers, or NULL
+    uint16_t *       visit_misses;  // the same: those that were not there
+    uint64_t         n_ubatches;
+    uint64_t         hits;
+    uint64_t         misses;
+    uint64_t         bytes;         // of the bundles missed
+} spac_simulation;
 
 // -- library --
 SPAC_API int          spac_abi_version(void);
@@ -171,6 +218,15 @@ SPAC_API void           spac_context_free(spac_context * context);              
 SPAC_API bool           spac_abort_callback(void * context);
 SPAC_API void           spac_cancel(spac_context * context);                                // the running or next decode returns 2
 SPAC_API int            spac_context_take_error(spac_context * context, spac_error * error); // fills and clears; returns error->code
+
+// -- recording: give spac_recorder_callback and the handle to llama_context_params.cb_eval --
+SPAC_API spac_recorder * spac_recorder_new(void);
+SPAC_API void            spac_recorder_free(spac_recorder * recorder);  // after llama_free
+SPAC_API bool            spac_recorder_callback(void * tensor, bool ask, void * recorder);
+SPAC_API int             spac_recorder_next(spac_recorder * recorder, spac_routing * routing);  // 1, 0: no more, or negative
+
+// -- simulation --
+SPAC_API int spac_simulate(spac_simulation * simulation);  // needs no model and no spac_init()
 
 // -- sizes --
 // model_params: const struct llama_model_params *, context_params: const struct llama_context_params *

@@ -1,0 +1,103 @@
+"""Replays of a trace through the pager's policy and through references, in libspac (spac/native/simulate.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from spac import control
+from spac.errors import OptionError
+from spac.trace.format import Array, Trace
+
+# in the order of SPAC_POLICY_*
+POLICIES: Final = ("default", "lru", "lfu", "static", "s3fifo", "min")
+QUOTAS: Final = ("auto", "global", "layer")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay counted. A use is one bundle in one layer in one ubatch.
+
+    Attributes:
+        policy: a name of `POLICIES`.
+        quota: "global": one cache for all layers; "layer": one for each.
+        n_bundles: room in the cache, all layers together.
+        bytes: of the bundles missed; None if the trace does not know a bundle's bytes.
+        uses: uint16 [ubatches, layers], bundles asked for.
+        missed: uint16 [ubatches, layers], those that were not there.
+    """
+
+    policy: str
+    quota: str
+    n_bundles: int
+    hits: int
+    misses: int
+    bytes: int | None
+    uses: Array
+    missed: Array
+
+    @property
+    def requests(self) -> int:
+        """Bundles asked for: hits and misses."""
+        return self.hits + self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.requests if self.requests else 0.0
+
+
+def replay(trace: Trace, n_bundles: int, policy: str = "default", quota: str = "auto") -> Replay:
+    """Replay a trace from an empty cache with room for `n_bundles`; bundles are fetched on demand.
+
+    Args:
+        quota: "auto": one cache for all layers for "default", as the pager has it, and one for each layer for the others,
+            as the literature has it.
+
+    Raises:
+        OptionError: no such policy or quota, or no room.
+    """
+    if policy not in POLICIES:
+        raise OptionError(f"policy {policy!r} does not exist: use {', '.join(POLICIES)}")
+    if quota not in QUOTAS:
+        raise OptionError(f"quota {quota!r} does not exist: use {', '.join(QUOTAS)}")
+    by_layer = quota == "layer" or (quota == "auto" and policy != "default")
+    ids, ubatch = np.ascontiguousarray(trace.ids, np.uint16), np.ascontiguousarray(trace.ubatch, np.int32)
+    bundle_bytes = np.array(trace.bundle_bytes or [0] * trace.n_layers, np.uint64)
+    n_ubatches = len(np.unique(ubatch))
+    uses, missed = np.zeros((2, n_ubatches, trace.n_layers), np.uint16)
+    raw = control.Simulation(
+        struct_size=ctypes.sizeof(control.Simulation),
+        ids=ids.ctypes.data,
+        ubatch=ubatch.ctypes.data,
+        bundle_bytes=bundle_bytes.ctypes.data,
+        n_tokens=trace.n_tokens,
+        n_bundles=max(0, n_bundles),
+        n_layers=trace.n_layers,
+        n_experts=trace.n_experts,
+        n_used=trace.n_used,
+        policy=POLICIES.index(policy),
+        by_layer=by_layer,
+        visit_uses=uses.ctypes.data,
+        visit_misses=missed.ctypes.data,
+    )
+    control.check(control.spac_simulate(ctypes.byref(raw)))
+    n_bytes = int(raw.bytes) if trace.bundle_bytes else None
+    return Replay(policy, "layer" if by_layer else "global", n_bundles, int(raw.hits), int(raw.misses), n_bytes, uses, missed)
+
+
+def parse_cache(text: str, trace: Trace) -> int:
+    """Room of a cache, in bundles of all layers together: "25%" of them, or a count.
+
+    Raises:
+        OptionError: it is neither, or less than one bundle.
+    """
+    try:
+        n = round(float(text[:-1]) / 100 * trace.n_bundles) if text.endswith("%") else int(text)
+    except (ValueError, OverflowError):
+        raise OptionError(f"cache {text!r} is neither a share, like 25%, nor a number of bundles") from None
+    if n < 1 or (text.endswith("%") and float(text[:-1]) > 100):
+        raise OptionError(f"cache {text!r} is no room for a bundle, or more than all; the trace has {trace.n_bundles} bundles")
+    return n

@@ -1,0 +1,142 @@
+"""From a replay to seconds: predicted tokens/s, and the bound that no order of reads and products can pass.
+
+All inputs are measured: reads by size and depth (scripts/measure_reads.cpp), compute from a trace recorded with all experts
+in memory, or from a run like that. Nothing is fitted.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from spac.errors import OptionError
+from spac.trace.format import PHASES, Array, Trace
+from spac.trace.simulation import Replay
+
+READS_IN_FLIGHT: Final = 6  # control.IO_THREADS
+PARTS: Final = 3  # slices that a bundle is read in: gate, up, down
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Bandwidth of a bare reader, bytes/s, by size of a read in bytes and reads in flight."""
+
+    by_size_and_depth: dict[tuple[int, int], float]
+
+    @classmethod
+    def load(cls, path: str) -> Reads:
+        """From what scripts/measure_reads.cpp prints: rows of KiB, depth, MB/s (threads' median first).
+
+        Raises:
+            OptionError: there are no such rows in the file.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            raise OptionError(f"{path}: cannot read measured reads: {e}") from None
+        rows = re.findall(r"^\s*(\d+)\s+(\d+)\s+(\d+(?:\.\d+)?)", text, re.MULTILINE)
+        table = {(int(kib) * 1024, int(depth)): float(rate) * 1e6 for kib, depth, rate in rows if float(rate) > 0 and int(depth) > 0}
+        if not table:
+            raise OptionError(f"{path}: no rows of KiB, reads in flight and MB/s: run scripts/measure_reads.cpp")
+        return cls(table)
+
+    def bytes_per_s(self, size: float, depth: float) -> float:
+        """Interpolated between the measured sizes and depths, by their logarithms; at the ends the nearest measured one."""
+        sizes = sorted({s for s, _ in self.by_size_and_depth})
+        by_size = []
+        for s in sizes:
+            rates = sorted((d, rate) for (other, d), rate in self.by_size_and_depth.items() if other == s)
+            by_size.append(np.interp(np.log(depth), np.log([d for d, _ in rates]), [rate for _, rate in rates]))
+        return float(np.interp(np.log(size), np.log(sizes), by_size))
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Seconds of a decoded token with all experts in memory: in all, and of that in one expert-token's three products."""
+
+    token_s: float
+    expert_token_s: float
+
+    @classmethod
+    def measured(cls, trace: Trace, token_s: float | None = None) -> Compute:
+        """Medians of the decoded tokens of a trace that was recorded with all experts in memory.
+
+        Args:
+            token_s: seconds a token took in a run without `--trace` (which costs a little), if that was measured.
+
+        Raises:
+            OptionError: the trace has no times of decoded tokens.
+        """
+        decoded = decode_ubatches(trace)
+        if len(trace.ubatch_s) != len(decoded) or not decoded.any() or not trace.expert_s.any():
+            raise OptionError("the trace has no times: record it with `spac run --trace`, all experts in memory, and do not cut it")
+        experts = float(np.median(trace.expert_s[decoded].sum(axis=1)))
+        total = token_s if token_s is not None else float(np.median(trace.ubatch_s[decoded]))
+        return cls(total, experts / (trace.n_layers * trace.n_used))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of the decoded tokens of a replay.
+
+    Attributes:
+        tokens_per_s: predicted.
+        bound_tokens_per_s: tokens by max(resident compute time, missed bytes / bandwidth of a bare reader).
+    """
+
+    tokens_per_s: float
+    bound_tokens_per_s: float
+
+
+def decode_ubatches(trace: Trace) -> Array:
+    """bool [ubatches]: those of one decoded token."""
+    _, first, counts = np.unique(trace.ubatch, return_index=True, return_counts=True)
+    return np.asarray((counts == 1) & (trace.phase[first] == PHASES.index("decode")))
+
+
+def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip_tokens: int = 0) -> Prediction:
+    """Time of a replay's decoded tokens, the first `skip_tokens` left out.
+
+    In each layer the pager computes what is there while the rest is read, slice by slice: the layer takes as long as the
+    longer of both, and the last slice's product comes after its read.
+
+    Raises:
+        OptionError: the trace does not know a bundle's bytes, or has no decoded tokens.
+    """
+    if not trace.bundle_bytes:
+        raise OptionError("the trace does not say a bundle's bytes: give --bundle-bytes")
+    decoded = np.flatnonzero(decode_ubatches(trace))[skip_tokens:]
+    if not len(decoded):
+        raise OptionError("the trace has no decoded tokens to predict the time of")
+    missed, uses = replayed.missed[decoded].astype(float), replayed.uses[decoded].astype(float)
+    bundle_bytes = np.array(trace.bundle_bytes, float)
+    experts = uses * compute.expert_token_s
+    read = _read_seconds(missed, bundle_bytes, reads)
+    layers = np.where(missed > 0, np.maximum(experts, read + compute.expert_token_s / PARTS), experts)
+    dense_s = max(0.0, compute.token_s - trace.n_layers * trace.n_used * compute.expert_token_s)
+    seconds = len(decoded) * dense_s + layers.sum()
+    slice_bytes = float(bundle_bytes.mean()) / PARTS
+    reading = (missed * bundle_bytes).sum() / reads.bytes_per_s(slice_bytes, READS_IN_FLIGHT)
+    bound = max(len(decoded) * compute.token_s, reading)
+    return Prediction(len(decoded) / seconds, len(decoded) / bound)
+
+
+def _read_seconds(missed: Array, bundle_bytes: Array, reads: Reads) -> Array:
+    """Of each visit: its slices at once, at most READS_IN_FLIGHT in flight."""
+    seconds = np.zeros_like(missed)
+    for layer, n_bytes in enumerate(bundle_bytes):
+        for n in np.unique(missed[:, layer]):
+            if n > 0:
+                rate = reads.bytes_per_s(n_bytes / PARTS, min(READS_IN_FLIGHT, n * PARTS))
+                seconds[missed[:, layer] == n, layer] = n * n_bytes / rate
+    return seconds
+
+
+def limited(reads: Reads, bytes_per_s: float) -> Reads:
+    """The same reader behind a limit, as a control group sets it."""
+    return Reads({key: min(rate, bytes_per_s) for key, rate in reads.by_size_and_depth.items()})
+

@@ -1,0 +1,142 @@
+"""Replays and the time model. The policies themselves are tested in spac/native/simulate_test.cpp."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spac.errors import OptionError
+from spac.trace.format import Trace
+from spac.trace.simulation import POLICIES, parse_cache
+from spac.trace.simulation import replay as run
+from spac.trace.timing import Compute, Reads, decode_ubatches, limited, predict
+from tests.trace.conftest import MakeTrace
+
+FLAT = Reads({(1024, 1): 1e8, (1 << 20, 1): 1e8})
+
+
+@pytest.mark.parametrize("quota", ["global", "layer"])
+@pytest.mark.parametrize("cache", ["12.5%", "25%", "50%", "100%"])
+def test_min_misses_least(make_trace: MakeTrace, quota: str, cache: str) -> None:
+    trace = make_trace()
+    n = parse_cache(cache, trace)
+    least = run(trace, n, "min", quota)
+    assert least.requests == 400 * 4 * 2
+    assert least.uses.sum() == least.requests
+    for policy in POLICIES:
+        result = run(trace, n, policy, quota)
+        assert result.misses >= least.misses
+        assert (result.missed.sum(), result.bytes) == (result.misses, result.misses * 3_000_000)
+        if cache == "100%":
+            assert result.misses == len({(layer, e) for layer in range(4) for e in trace.ids[:, layer].ravel().tolist()})
+
+
+def test_lru_against_a_model_of_it(make_trace: MakeTrace) -> None:
+    trace = make_trace(seed=3)
+    misses, room = 0, 4
+    for layer in range(trace.n_layers):
+        cache: list[int] = []  # the last is the newest
+        for chosen in trace.ids[:, layer].tolist():
+            misses += len(set(chosen) - set(cache))
+            cache = [e for e in cache if e not in chosen] + chosen
+            cache = cache[-room:]
+    assert run(trace, room * trace.n_layers, "lru", "layer").misses == misses
+
+
+def test_auto_is_the_pagers_cache_for_default_and_one_by_layer_for_others(make_trace: MakeTrace) -> None:
+    trace = make_trace()
+    for policy in POLICIES:
+        assert run(trace, 16, policy).quota == ("global" if policy == "default" else "layer")
+
+
+def test_caches(make_trace: MakeTrace) -> None:
+    trace = make_trace(tokens=4)
+    assert parse_cache("25%", trace) == 16
+    assert parse_cache("7", trace) == 7
+    for text in ("", "%", "x", "0", "-3", "101%", "nan%", "1e999%"):
+        with pytest.raises(OptionError):
+            parse_cache(text, trace)
+    with pytest.raises(OptionError, match="'magic' does not exist"):
+        run(trace, 8, "magic")
+
+
+@pytest.mark.parametrize(("cache", "lru", "lfu", "least"), [("25%", 67.0, 64.7, 78.2), ("50%", 89.8, 87.7, 95.0)])
+def test_reference_figures_of_the_shared_trace(cache: str, lru: float, lfu: float, least: float) -> None:
+    """SPAC_SHARED_TRACE=gptoss20b_decode_part.npz pytest tests/trace -k reference"""
+    path = os.environ.get("SPAC_SHARED_TRACE")
+    if path is None:
+        pytest.skip("SPAC_SHARED_TRACE does not name the trace")
+    trace = Trace.load(path).head(40000)
+    for policy, expected in (("lru", lru), ("lfu", lfu), ("min", least)):
+        assert 100 * run(trace, parse_cache(cache, trace), policy, "layer").hit_rate == pytest.approx(expected, abs=0.051)
+
+
+@pytest.mark.parametrize(("cache", "most"), [("25%", 0.88), ("50%", 0.80)])
+def test_the_default_policy_on_held_back_requests(cache: str, most: float) -> None:
+    path = os.environ.get("SPAC_SHARED_TRACE")
+    if path is None:
+        pytest.skip("SPAC_SHARED_TRACE does not name the trace")
+    trace = Trace.load(path).of_requests("second-half")
+    n = parse_cache(cache, trace)
+    assert run(trace, n, "default").misses <= most * run(trace, n, "lru", "layer").misses
+
+
+# -- the time model --
+
+
+def test_without_misses_a_token_takes_its_compute(make_trace: MakeTrace) -> None:
+    trace = make_trace(experts=4)
+    compute = Compute.measured(trace)
+    assert compute.token_s == pytest.approx(0.010)
+    assert compute.expert_token_s == pytest.approx(0.001)
+    prediction = predict(trace, run(trace, 16), compute, FLAT, skip_tokens=300)
+    assert prediction.tokens_per_s == pytest.approx(100)
+    assert prediction.bound_tokens_per_s == pytest.approx(100)
+
+
+def test_misses_cost_their_reads_less_what_hits_hide(make_trace: MakeTrace) -> None:
+    """3 MB at 100 MB/s: 30 ms a miss; the last slice's product, a third of an expert's, comes after it."""
+    trace = make_trace(tokens=1)
+    result = run(trace, 64)  # all four layers miss both
+    prediction = predict(trace, result, Compute(0.010, 0.001), FLAT)
+    assert 1 / prediction.tokens_per_s == pytest.approx(0.002 + 4 * (0.060 + 0.001 / 3))
+    assert 1 / prediction.bound_tokens_per_s == pytest.approx(0.240)
+    assert prediction.tokens_per_s < prediction.bound_tokens_per_s
+
+
+def test_reads_are_interpolated_and_limited(tmp_path: Path) -> None:
+    path = tmp_path / "reads.txt"
+    path.write_text("MB/s, median\n  KiB depth threads\n 64  1   100 ( 90 to 110)  7\n 64  4   200 (1 to 2)\n 1024 1 400 (3 to 4)\n 1024 4 800 (5 to 6)\n")
+    reads = Reads.load(str(path))
+    assert reads.bytes_per_s(64 << 10, 1) == pytest.approx(100e6)
+    assert reads.bytes_per_s(64 << 10, 2) == pytest.approx(150e6)
+    assert reads.bytes_per_s(256 << 10, 4) == pytest.approx(500e6)
+    assert reads.bytes_per_s(1 << 30, 64) == pytest.approx(800e6)
+    assert limited(reads, 300e6).bytes_per_s(1 << 20, 4) == pytest.approx(300e6)
+    path.write_text("nothing measured")
+    with pytest.raises(OptionError, match="no rows"):
+        Reads.load(str(path))
+
+
+def test_times_that_are_not_there(make_trace: MakeTrace) -> None:
+    trace = make_trace(tokens=20)
+    with pytest.raises(OptionError, match="no times"):
+        Compute.measured(trace.head(10))
+    with pytest.raises(OptionError, match="--bundle-bytes"):
+        predict(replace(trace, bundle_bytes=()), run(trace, 8), Compute(1, 0.1), FLAT)
+    prefill = replace(trace, phase=np.zeros(20, np.uint8))
+    with pytest.raises(OptionError, match="no decoded tokens"):
+        predict(prefill, run(prefill, 8), Compute(1, 0.1), FLAT)
+    assert not decode_ubatches(replace(trace, ubatch=np.zeros(20, np.int32))).any()
+
+
+def test_meta_is_json(make_trace: MakeTrace, tmp_path: Path) -> None:
+    make_trace(tokens=3).save(tmp_path / "t.npz")
+    with np.load(tmp_path / "t.npz") as file:
+        meta = json.loads(str(file["meta"]))
+    assert (meta["format"], meta["version"], meta["experts"], meta["layers"], meta["k"]) == ("spac-trace", 1, 16, 4, 2)
