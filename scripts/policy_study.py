@@ -11,7 +11,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -43,17 +42,6 @@ def references(trace: Trace) -> list[tuple[str, str, list[int]]]:
     ]
 
 
-def decision_ns(layers: int, experts: int, k: int) -> float:
-    """Nanoseconds for a layer of a token, counting uses, learning and all evictions: libspac's replay of random routing."""
-    n = 300
-    ids = np.random.default_rng(1).random((n, layers, experts)).argsort(axis=2)[:, :, :k].astype(np.uint16)
-    one = np.arange(n, dtype=np.int32)
-    trace = Trace(ids, ids.astype(np.float16), one * 0, one, one.astype(np.uint8) * 0 + 1, one, one, np.zeros(0), np.zeros(0), experts, tuple(range(layers)), (), {})
-    begin = time.perf_counter()
-    replay(trace, layers * experts // 4)
-    return (time.perf_counter() - begin) / n / layers * 1e9
-
-
 def main() -> None:
     trace = Trace.load(sys.argv[1])
     halves = [trace.of_requests(half) for half in ("first-half", "second-half")]
@@ -70,8 +58,6 @@ def main() -> None:
     for first, second in zip(*rows, strict=True):
         cells = [f"{m / b - 1:+.1%}" for half, misses in enumerate((first[2], second[2])) for m, b in zip(misses, base[half], strict=True)]
         print(f"| {first[0]} | {'one' if first[1] == 'global' else 'by layer'} | " + " | ".join(cells) + " |")
-    print(f"\nCost of the chosen policy, all in, for a layer of a token (24 of 32, top 4): {decision_ns(24, 32, 4) / 1000:.1f} µs; ", end="")
-    print(f"at 48 layers of 128, top 8, random routing (six evictions a layer): {decision_ns(48, 128, 8) / 1000:.1f} µs.")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ namespace spac {
 class Policy {
   public:
     // Of a ubatch only the last tokens say what comes next: a long prompt counts no more than this many decoded tokens.
-    static constexpr int ubatch_tokens = 32;
+    static constexpr int ubatch_tokens = 16;
 
     struct Victim {
         int    layer  = -1;  // -1: none
