@@ -31,6 +31,8 @@ struct Order {
     double recency = 0;    // FlashMoE: share of recency, the rest is frequency since the start
     int    by_layer_table = 0;  // learned: one table for each layer
     bool   ages = true;    // learned: tokens since the last use are a feature
+    double discount = 0;   // learned: of a use a token later
+    bool   guess = false;  // learned: the first guess is the share of tokens, held for a while
     double age_power = 0;  // not learned: the score is divided by 2^(octaves since the last use times this)
 };
 
@@ -44,6 +46,12 @@ static long run(const Trace & t, int per_layer, const Order & o) {
     int cells = o.ages ? 8 : 1;
     for (int j = 0; j < J; ++j) { decay[j] = std::exp2(-1 / o.half_lives[j].first); cells *= levels; }
     std::vector<double> uses((size_t) cells * (o.by_layer_table ? L : 1), 0.1), tokens(uses.size(), 4);
+    for (int i = 0; o.guess && i < (int) uses.size(); ++i) {
+        double share = 0;
+        for (int j = J - 1, rest = i; j >= 0; --j, rest /= levels) { share += std::exp2((rest % levels - levels + 0.5) / 2) * o.half_lives[j].second; }
+        tokens[i] = 800;
+        uses[i]   = 800 * share / (1 - o.discount);
+    }
     std::vector<float> near(L);
     for (int d = 0; d < L; ++d) { near[d] = std::pow((double) L / (d + 1), o.phase); }
     long misses = 0;
@@ -60,7 +68,7 @@ static long run(const Trace & t, int per_layer, const Order & o) {
             const size_t table = o.by_layer_table ? (size_t) l * cells : 0;
             for (int e = 0; e < E; ++e) {
                 const int b = l * E + e;
-                if (o.learned && cell[b] >= 0) { tokens[table + cell[b]] += 1; uses[table + cell[b]] += use[e] > 0; }
+                const int before = cell[b];
                 if (use[e] > 0) { last[b] = now; seen[b] += 1; }
                 float score = 0;
                 int c = o.ages ? octave(now - last[b]) : 0;
@@ -72,6 +80,10 @@ static long run(const Trace & t, int per_layer, const Order & o) {
                 }
                 if (o.recency > 0) { score = o.recency / (1 + now - last[b]) + (1 - o.recency) * seen[b] / (now + 1); }
                 cell[b] = last[b] < 0 ? -1 : c;
+                if (o.learned && before >= 0) {
+                    tokens[table + before] += 1;
+                    uses[table + before] += (use[e] > 0) + o.discount * uses[table + c] / tokens[table + c];
+                }
                 chance[b] = last[b] < 0 ? 0 : !o.learned ? score / std::exp2(o.age_power * octave(now - last[b]))
                                                           : uses[table + c] / tokens[table + c] + score / 1024;
             }
@@ -128,7 +140,15 @@ int main(int, char ** argv) {
     add("learned: age, 8, 128; router's weight^0.5", [&](Order & o) { o.half_lives = both; o.learned = true; o.phase = 1; o.router = 0.5; });
     add("learned: age, 4, 64", [&](Order & o) { o.half_lives = { { 4, .5 }, { 64, .5 } }; o.learned = true; o.phase = 1; });
     add("learned: age, 16, 256", [&](Order & o) { o.half_lives = { { 16, .5 }, { 256, .5 } }; o.learned = true; o.phase = 1; });
-    add("learned: age, 8, 128 (chosen, but for its first guess)", [&](Order & o) { o.half_lives = both; o.learned = true; o.phase = 1; });
+    add("learned: age, 8, 128", [&](Order & o) { o.half_lives = both; o.learned = true; o.phase = 1; });
+    for (double discount : { 0., 0.25, 0.5, 0.8 }) {
+        add("learned: age, 32; guess, discount " + std::to_string(discount).substr(0, 4), [&](Order & o) {
+            o.half_lives = { { 32, 1 } }; o.learned = o.guess = true; o.phase = 0.5; o.discount = discount; });
+    }
+    for (double phase : { 0., 0.25, 1. }) {
+        add("the same, discount 0.25, by next turn^" + std::to_string(phase).substr(0, 4), [&](Order & o) {
+            o.half_lives = { { 32, 1 } }; o.learned = o.guess = true; o.phase = phase; o.discount = 0.25; });
+    }
     for (const auto & [name, order] : orders) {
         std::printf("%s\t%s", name.c_str(), order.global ? "global" : "layer");
         for (int quarter : { 1, 2, 3 }) { std::printf("\t%ld", run(t, quarter * t.experts / 4, order)); }

@@ -1,14 +1,16 @@
 // The one utility order: what a bundle is worth, for eviction and for prefetch alike. The pager and the simulator both ask
 // this class, so a replayed trace decides as a run does.
 //
-// A bundle's chance is the probability that its layer's next token uses it. It is read from a table that the policy fills
-// while it runs: how often bundles were used that stood as this one stands now, in three features (tokens since the last
-// use, frequency of late, frequency over longer). That is LHD's idea (Beckmann, Chen, Cidon: LHD, NSDI 2018) on the features
-// of LRFU (Lee et al., IEEE Trans. Computers 50(12), 2001): no weight between recency and frequency is fixed, the model's own
-// routing sets it. One table serves all layers, so experts of layers with and without a habit compare.
+// A bundle's value is the number of its uses by the coming tokens, those farther off discounted. It is read from a table that
+// the policy fills while it runs: what became of bundles that stood as this one stands now, in two features (tokens since the
+// last use, decayed share of tokens that used it). The features are those of LRFU (Lee et al., IEEE Trans. Computers 50(12),
+// 2001), the table is LHD's idea (Beckmann, Chen, Cidon: LHD, NSDI 2018), and it is learned by temporal differences (Sutton,
+// Machine Learning 3, 1988): so no weight between recency and frequency is fixed, the model's own routing sets it. One table
+// serves all layers, so experts of layers with and without a habit compare. Its first guess, that things go on as they went,
+// makes it LRFU for the first tokens.
 //
-// A bundle's worth is its chance divided by how far away its layer's next turn is. Layers take turns in a circle: of two
-// bundles with the same chance, the one whose layer was just computed holds its place longest before it can be of use.
+// A bundle's worth is its value times how near its layer's next turn is. Layers take turns in a circle: of two bundles with the
+// same value, the one whose layer was just computed holds its place longest before it can be of use.
 //
 // Not thread-safe: the pager calls it under its mutex.
 #pragma once
@@ -23,7 +25,7 @@ namespace spac {
 class Policy {
   public:
     // Of a ubatch only the last tokens say what comes next: a long prompt counts no more than this many decoded tokens.
-    static constexpr int ubatch_tokens = 16;
+    static constexpr int ubatch_tokens = 32;
 
     struct Victim {
         int    layer  = -1;  // -1: none
@@ -57,8 +59,8 @@ class Policy {
     void expect(int layer, int expert, double chance);
     void set_present(int layer, int expert, bool present);
 
-    double chance(int layer, int expert) const { return layers_[layer].chance[expert]; }
-    double worth(int layer, int expert) const { return chance(layer, expert) * nearness(layer); }
+    double value(int layer, int expert) const { return layers_[layer].value[expert]; }
+    double worth(int layer, int expert) const { return value(layer, expert) * nearness(layer); }
 
     // The present bundle of least worth among those that evictable(layer, expert) admits, in one layer or in all (-1). It
     // skips layers whose cheapest present bundle is worth more than what was found already.
@@ -71,8 +73,8 @@ class Policy {
             if (least_present(l) * near >= victim.worth) {
                 continue;
             }
-            for (int expert = 0; expert < (int) l.chance.size(); ++expert) {
-                const double worth = l.chance[expert] * near;
+            for (int expert = 0; expert < (int) l.value.size(); ++expert) {
+                const double worth = l.value[expert] * near;
                 if (worth < victim.worth && l.present[expert] && evictable(layer, expert)) {
                     victim = { layer, expert, worth };
                 }
@@ -83,26 +85,27 @@ class Policy {
 
   private:
     struct Layer {
-        std::vector<float>    recent, steady;  // share of tokens that used the expert, decayed
-        std::vector<uint32_t> idle_tokens;     // since the last use
+        std::vector<float>    share;          // of tokens that used the expert, decayed
+        std::vector<uint32_t> idle_tokens;    // since the last use
         std::vector<uint16_t> cell;
-        std::vector<float>    chance;
-        std::vector<uint8_t>  present, used;   // used: scratch of use()
-        float                 least = 0;       // smallest chance of those present; negative: not known
+        std::vector<float>    value;
+        std::vector<uint8_t>  present, used;  // used: scratch of use()
+        float                 least = 0;      // smallest value of those present; negative: not known
     };
     struct Cell {
-        float uses, tokens;  // of bundles that stood here: how many tokens came next, how many of them used the bundle
+        float value, tokens;  // of bundles that stood here: what they were worth, over so many tokens
     };
 
-    double nearness(int layer) const {  // layers in the circle by layers until this one's next turn: n_layers to 1
-        const int n = (int) layers_.size(), distance = (layer - current_ - 1 + n) % n + 1;
-        return (double) n / distance;
+    double nearness(int layer) const {
+        const int n = (int) layers_.size();
+        return nearness_[(layer - current_ - 1 + n) % n];
     }
     static float least_present(Layer & layer);
     void         place(Layer & layer, size_t expert);  // into its cell
 
     std::vector<Layer> layers_;
     std::vector<Cell>  cells_;
+    std::vector<float> nearness_;  // [layers until the next turn - 1]: the fewer, the larger
     int                current_ = 0;
 };
 

@@ -62,29 +62,30 @@ TEST_CASE("a layer whose turn is near is worth more than one just computed, in a
     policy.begin(0);
     CHECK(policy.worth(1, 0) > policy.worth(2, 0));
     CHECK(policy.worth(2, 0) > policy.worth(0, 0));
-    CHECK(policy.chance(0, 0) == doctest::Approx(policy.worth(0, 0)));
+    CHECK(policy.value(0, 0) == doctest::Approx(policy.worth(0, 0)));
 }
 
-TEST_CASE("chances approach how often bundles really are used, whatever the first guess") {
+TEST_CASE("values approach what bundles are really used, whatever the first guess") {
     // each token uses what the token before it did not: the guess that things go on as they went is wrong
     Policy policy({ 2 });
     for (int token = 0; token < 60000; ++token) {
         use(policy, 0, { token % 2 });
     }
-    CHECK(policy.chance(0, 0) > 0.95);   // 1 was last
-    CHECK(policy.chance(0, 1) < 0.05);
+    // 1 was last, so 0 is used by the next token and every second one after it; a token later counts a quarter
+    CHECK(policy.value(0, 0) == doctest::Approx(1 / (1 - 0.25 * 0.25)).epsilon(0.02));
+    CHECK(policy.value(0, 1) == doctest::Approx(0.25 / (1 - 0.25 * 0.25)).epsilon(0.02));
 }
 
 TEST_CASE("a forecast counts until the layer's next token, and only upwards") {
     Policy policy({ 4 });
     use(policy, 0, { 1 });
-    const double before = policy.chance(0, 1);
+    const double before = policy.value(0, 1);
     policy.expect(0, 2, 0.75);
     policy.expect(0, 1, 0);
-    CHECK(policy.chance(0, 2) == doctest::Approx(0.75));
-    CHECK(policy.chance(0, 1) == before);
+    CHECK(policy.value(0, 2) == doctest::Approx(0.75));
+    CHECK(policy.value(0, 1) == before);
     use(policy, 0, { 1 });
-    CHECK(policy.chance(0, 2) < 0.75);
+    CHECK(policy.value(0, 2) < 0.75);
 }
 
 TEST_CASE("numbers that are no expert's are ignored") {
@@ -92,7 +93,7 @@ TEST_CASE("numbers that are no expert's are ignored") {
     use(policy, 0, { -1, 2, 4, 70000 });
     use(other, 0, { 2 });
     for (int e = 0; e < 4; ++e) {
-        CHECK(policy.chance(0, e) == other.chance(0, e));
+        CHECK(policy.value(0, e) == other.value(0, e));
     }
 }
 
@@ -113,7 +114,7 @@ TEST_CASE("a long ubatch counts as its last tokens, what earlier ones used as on
         other.use(0, &ids[t], 1, t > n - Policy::ubatch_tokens);
     }
     for (int e = 0; e < 64; ++e) {
-        CHECK(policy.chance(0, e) == other.chance(0, e));
+        CHECK(policy.value(0, e) == other.value(0, e));
     }
 }
 

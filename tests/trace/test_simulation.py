@@ -69,7 +69,7 @@ def test_caches(make_trace: MakeTrace) -> None:
 def test_reference_figures_of_the_shared_trace(cache: str, lru: float, lfu: float, least: float) -> None:
     """SPAC_SHARED_TRACE=gptoss20b_decode_part.npz pytest tests/trace -k reference"""
     path = os.environ.get("SPAC_SHARED_TRACE")
-    if path is None:
+    if not path:
         pytest.skip("SPAC_SHARED_TRACE does not name the trace")
     trace = Trace.load(path).head(40000)
     for policy, expected in (("lru", lru), ("lfu", lfu), ("min", least)):
@@ -79,7 +79,7 @@ def test_reference_figures_of_the_shared_trace(cache: str, lru: float, lfu: floa
 @pytest.mark.parametrize(("cache", "most"), [("25%", 0.88), ("50%", 0.80)])
 def test_the_default_policy_on_held_back_requests(cache: str, most: float) -> None:
     path = os.environ.get("SPAC_SHARED_TRACE")
-    if path is None:
+    if not path:
         pytest.skip("SPAC_SHARED_TRACE does not name the trace")
     trace = Trace.load(path).of_requests("second-half")
     n = parse_cache(cache, trace)
