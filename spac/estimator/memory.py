@@ -117,11 +117,35 @@ class RoutingMemory:
         slots = np.fromiter(order, np.int64, len(order))
         return self.context[slots], self.ids[slots]
 
-    def extend(self, context: NDArray[np.int64], ids: NDArray[np.integer]) -> None:
-        """Adds saved records, which the caller has validated; of more than fit, the last ones."""
-        first = max(0, len(context) - self.capacity)
-        for (token, previous, before, request), routing in zip(context[first:].tolist(), ids[first:], strict=True):
-            self.add(token, previous, before, request, routing)
+    def restore(self, context: NDArray[np.int64], ids: NDArray[np.integer]) -> None:
+        """Fills an empty memory with saved records, which the caller has validated; of more than fit, the last ones.
+
+        The saved requests are over, so no record counts as of the same request.
+        """
+        context, ids = context[-self.capacity :], ids[-self.capacity :]
+        n = len(context)
+        self.context[:n], self.ids[:n] = context, ids
+        self.context[:n, 3] = NO_TOKEN
+        self._fresh = n
+        # rows in the order of their last record: what `add` one by one would leave, but 40 times as fast
+        keys = context[:, 0], ((context[:, 1] + 1) << 32) | context[:, 0]
+        rows: list[tuple[int, int, list[int]]] = []
+        for key, kept, window in (
+            (keys[0], np.arange(n), TOKEN_WINDOW),
+            (keys[1][context[:, 1] != NO_TOKEN], np.flatnonzero(context[:, 1] != NO_TOKEN), PAIR_WINDOW),
+        ):
+            order = np.argsort(key, kind="stable")
+            ordered, slots = key[order], kept[order]
+            ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)) + 1 if len(key) else np.empty(0, np.int64)
+            starts = np.maximum(np.append(0, ends[:-1]), ends - window)
+            listed = slots.tolist()
+            for name, start, end in zip(ordered[ends - 1].tolist(), starts.tolist(), ends.tolist(), strict=True):
+                rows.append((listed[end - 1], name, listed[start:end]))
+        rows.sort()
+        self._rows = OrderedDict((name, row) for _, name, row in rows)
+        pointed = np.fromiter((slot for row in self._rows.values() for slot in row), np.int64)
+        self._references[:n] = np.bincount(pointed, minlength=n)[:n]
+        self._free = np.flatnonzero(self._references[:n] == 0).tolist()
 
     def _take(self) -> int:
         if self._fresh < self.capacity and not self._free:

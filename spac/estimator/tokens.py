@@ -7,9 +7,9 @@ Three things make the prediction for a token in a layer, each learned online and
 - *links*: a low-rank linear map from the memory of this token and of the one before, and from the drifts, of *all* layers and experts,
   to the logits of each expert: an expert in layer 3 tells of another in layer 20.
 
-They meet in one logit, with weights for each layer and for each class of support (how often token, pair and triple were seen); all weights are
-learned by stochastic gradient on the log loss, as the mixers of context-mixing compressors are (Mahoney, "Adaptive weighing of context
-models for lossless data compression", 2005). So the outputs are probabilities, and `reliability.py` checks that they are.
+They meet in one logit, with weights for each layer and for each class of support (how often token, pair and triple were seen). All weights
+are learned by stochastic gradient on the log loss, as the mixers of context-mixing compressors are (Mahoney, "Adaptive weighing of
+context models for lossless data compression", 2005). So the outputs are probabilities, and `reliability.py` checks that they are.
 
 It does not know what a miss costs, what is resident, or how far a draft can be trusted: callers weight the tokens.
 """
