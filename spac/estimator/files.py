@@ -116,7 +116,7 @@ def _read(estimator: TokenEstimator, path: Path, model: str) -> dict[str, NDArra
     if not ((arrays["prior"] >= 0) & (arrays["prior"] <= 1)).all():
         raise _Unusable("prior is damaged")
     context, ids = arrays["context"], arrays["ids"]
-    if context.dtype != np.int64 or context.ndim != 2 or context.shape[1] != 4 or (context < NO_TOKEN).any() or (context >= 1 << 31).any():
+    if context.dtype != np.int64 or context.ndim != 2 or context.shape[1] != 3 or (context < NO_TOKEN).any() or (context >= 1 << 31).any():
         raise _Unusable("context is damaged")
     if ids.dtype != memory.ids.dtype or ids.shape != (len(context), memory.width) or (ids >= estimator.n_experts).any():
         raise _Unusable("ids are damaged")
