@@ -34,7 +34,7 @@ _DRIFT_KEPT = 0.3  # of a drift, when a new request begins
 _INPUTS = 2 + len(_DRIFT_HALF_LIVES_TOKENS)  # of the links: this token's memory, the token before's, the drifts
 _FEATURES = 4  # of a logit: 1, memory's logit, the drifts
 _PRIOR_TOKENS = 4096  # the prior is a running mean over about so many
-_LAYER_RATE, _CLASS_RATE, _LINK_RATE = 2.5e-4, 2.5e-3, 5e-4
+_LAYER_RATE, _CLASS_RATE, _LINK_RATE, _LINK_STEP = 2.5e-4, 2.5e-3, 5e-4, 0.06
 _REFERENCE_WIDTH = 26 * 6  # experts used by a token where the rates were tuned; they are scaled to others
 _P_MIN = np.float32(1e-3)
 
@@ -214,8 +214,8 @@ class TokenEstimator:
 
     def _learn_links(self, error: Floats, hidden: Floats, deviation: Floats) -> None:
         """One step of gradient descent; its length is bounded so that it cannot overshoot (normalised least mean squares)."""
-        rate = np.float32(min(_LINK_RATE, 1 / (1 + float(hidden @ hidden))))
-        back = (self.links_out @ error).reshape(_INPUTS, self.rank) * (rate * np.float32(self._scale))
+        rate = np.float32(_LINK_STEP / (1 + float(hidden @ hidden)))
+        back = (self.links_out @ error).reshape(_INPUTS, self.rank) * np.float32(_LINK_RATE * self._scale)
         np.multiply((hidden * rate)[:, None], error, out=self._scratch)
         self.links_out += self._scratch
         scratch = self._scratch.reshape(self.links_in.shape)
