@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 TOKEN_WINDOW = 16
 PAIR_WINDOW = 8
 # Bytes of Python objects for one observation with its own two rows (dict entry, list, ints): measured with tracemalloc, rounded up.
-_ROWS_BYTES = 560
+_ROWS_BYTES = 460
 
 # mass of the level below: token against prior, pair against token, triple against pair, same request against all
 _TOKEN_MASS, _PAIR_MASS, _TRIPLE_MASS, _REQUEST_MASS = 1.0, 1.0, 1.0, 2.0
@@ -71,7 +71,9 @@ class RoutingMemory:
         self._fresh = 0  # slots from here on have never been used
         self._free: list[int] = []
         # by token, or token pair (see `_pair`); touched longest ago first
-        self._rows: OrderedDict[int, list[int]] = OrderedDict()
+        self._rows: OrderedDict[int, list[int] | int] = OrderedDict()
+        # Restored rows are lists only once they are asked for; until then: where in `_restored` they begin, << 8, and their length.
+        self._restored = np.empty(0, np.int64)
 
     def __len__(self) -> int:
         """Observations kept."""
@@ -91,8 +93,8 @@ class RoutingMemory:
 
     def recall(self, token: int, previous: int, before: int, request: int) -> Recall:
         """What is remembered of `token` after `previous` and `before`, in `request`."""
-        row = self._rows.get(token)
-        pair = self._rows.get(_pair(previous, token)) if previous != NO_TOKEN else None
+        row = self._row(token)
+        pair = self._row(_pair(previous, token)) if previous != NO_TOKEN else None
         if row is None:
             if pair is None:
                 return _UNKNOWN
@@ -140,9 +142,8 @@ class RoutingMemory:
         starts = np.append(0, ends[:-1])
         pointed = np.concatenate([tokens.slots, pairs.slots])
         order = np.argsort(pointed[ends - 1], kind="stable")
-        listed = pointed.tolist()
-        spans = zip(keys[order].tolist(), starts[order].tolist(), ends[order].tolist(), strict=True)
-        self._rows = OrderedDict((key, listed[start:end]) for key, start, end in spans)
+        self._restored = pointed
+        self._rows = OrderedDict(zip(keys[order].tolist(), (starts << 8 | (ends - starts))[order].tolist(), strict=True))
         self._references[:n] = np.bincount(pointed, minlength=n)
         self._free = np.flatnonzero(self._references[:n] == 0).tolist()
 
@@ -151,13 +152,20 @@ class RoutingMemory:
             self._fresh += 1
             return self._fresh - 1
         while not self._free:
-            _, row = self._rows.popitem(last=False)
-            for slot in row:
+            for slot in self._row(next(iter(self._rows))) or ():
                 self._release(slot)
+            self._rows.popitem(last=False)
         return self._free.pop()
 
-    def _append(self, key: int, slot: int, window: int) -> None:
+    def _row(self, key: int) -> list[int] | None:
         row = self._rows.get(key)
+        if isinstance(row, int):
+            start = row >> 8
+            row = self._rows[key] = self._restored[start : start + (row & 255)].tolist()
+        return row
+
+    def _append(self, key: int, slot: int, window: int) -> None:
+        row = self._row(key)
         if row is None:
             self._rows[key] = [slot]
             return
