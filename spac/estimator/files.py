@@ -1,0 +1,125 @@
+"""What an estimator has learned, as one .npz file beside the model's cache entry. A file is never trusted: every array's name, type, shape
+and range is checked before any is used, and a file that fails is ignored with one warning line.
+
+Sizes are checked in the archive's directory before anything is inflated, and nothing is unpickled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spac.estimator.memory import NO_TOKEN
+from spac.estimator.tokens import TokenEstimator
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_WEIGHTS = ("prior", "layer_weights", "class_weights", "links_in", "links_out")
+_NAMES = {"format", "model", "shape", "tokens_learned", "context", "ids", *_WEIGHTS}
+_WEIGHT_MAX = 1e4  # learned weights are of the size of 1; more is damage
+_HEADERS_BYTES = 1 << 16
+
+
+class _Unusable(ValueError):
+    """A file that is not taken, with the reason."""
+
+
+def save(estimator: TokenEstimator, path: Path, model: str) -> None:
+    """Writes what was learned; a file that is there is replaced whole or not at all.
+
+    Args:
+        model: what the tables belong to, a fingerprint of the model file, say; `load` wants the same.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    context, ids = estimator.memory.records()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(
+                file,
+                format=np.int64(_FORMAT),
+                model=np.frombuffer(model.encode(), np.uint8),
+                shape=_shape(estimator),
+                tokens_learned=np.int64(estimator.tokens_learned),
+                context=context,
+                ids=ids,
+                **{key: getattr(estimator, key) for key in _WEIGHTS},
+            )
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(estimator: TokenEstimator, path: Path, model: str) -> bool:
+    """Fills a new estimator from a file. A file that is broken or belongs to something else changes nothing and is named in one warning.
+
+    Returns:
+        Whether the estimator now knows what the file knew; False without a warning if there is no file.
+    """
+    try:
+        arrays = _read(estimator, path, model)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError) as e:
+        _log.warning("%s: learned tables ignored: %s", path, " ".join(str(e).split()) or type(e).__name__)
+        return False
+    for key in _WEIGHTS:
+        getattr(estimator, key)[...] = arrays[key]
+    estimator.tokens_learned = int(arrays["tokens_learned"])
+    estimator.memory.restore(arrays["context"], arrays["ids"])
+    estimator.start_request()
+    return True
+
+
+def _shape(estimator: TokenEstimator) -> NDArray[np.int64]:
+    return np.array([estimator.n_layers, estimator.n_experts, estimator.n_used, estimator.rank], np.int64)
+
+
+def _read(estimator: TokenEstimator, path: Path, model: str) -> dict[str, NDArray[Any]]:
+    """Every array, checked."""
+    memory = estimator.memory
+    record_bytes = memory.ids.itemsize * memory.width + memory.context.itemsize * memory.context.shape[1]
+    weights_bytes = sum(getattr(estimator, key).nbytes for key in _WEIGHTS)
+    with zipfile.ZipFile(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        if names != _NAMES or len(archive.namelist()) != len(_NAMES):
+            raise _Unusable("not written by this version of spac")
+        size = sum(item.file_size for item in archive.infolist())
+        if size > 4 * memory.capacity * record_bytes + weights_bytes + _HEADERS_BYTES:
+            raise _Unusable(f"{size} bytes are more than an estimator of this size learns")
+    with np.load(path, allow_pickle=False) as file:
+        arrays: dict[str, NDArray[Any]] = {name: file[name] for name in _NAMES}
+    if arrays["format"].shape != () or arrays["format"].dtype != np.int64 or arrays["format"] != _FORMAT:
+        raise _Unusable("another format")
+    if arrays["model"].dtype != np.uint8 or arrays["model"].tobytes() != model.encode():
+        raise _Unusable("it belongs to another model")
+    if not np.array_equal(arrays["shape"], _shape(estimator)):
+        raise _Unusable("another number of layers, experts or links")
+    learned = arrays["tokens_learned"]
+    if learned.shape != () or learned.dtype != np.int64 or learned < 0:
+        raise _Unusable("tokens_learned is damaged")
+    for key in _WEIGHTS:
+        expected, array = getattr(estimator, key), arrays[key]
+        if array.dtype != expected.dtype or array.shape != expected.shape or not (np.abs(array) <= _WEIGHT_MAX).all():
+            raise _Unusable(f"{key} is damaged")
+    if not ((arrays["prior"] >= 0) & (arrays["prior"] <= 1)).all():
+        raise _Unusable("prior is damaged")
+    context, ids = arrays["context"], arrays["ids"]
+    if context.dtype != np.int64 or context.ndim != 2 or context.shape[1] != 3 or (context < NO_TOKEN).any() or (context >= 1 << 31).any():
+        raise _Unusable("context is damaged")
+    if ids.dtype != memory.ids.dtype or ids.shape != (len(context), memory.width) or (ids >= estimator.n_experts).any():
+        raise _Unusable("ids are damaged")
+    if (context[:, 0] < 0).any():
+        raise _Unusable("context is damaged")
+    return arrays

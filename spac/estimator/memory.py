@@ -1,0 +1,202 @@
+"""What the experts of a token were, the last times it was decoded: the table behind the token signal.
+
+One observation is the routing of one decoded token: its experts in every layer, k bytes for each. Two rows may point to an
+observation: that of its token (the last `TOKEN_WINDOW` observations) and that of its token pair (the last `PAIR_WINDOW` after the same
+previous token). An observation to which no row points any more is free for reuse, so a frequent token costs no more than its window;
+when none is free, the rows touched longest ago go.
+
+A prediction is a weighted count over the observations of the token. The weights are a chain of back-offs (token, pair, triple, same
+request), each level mixed with the one below by Witten and Bell's idea: the more often a context was seen, the less the one below
+says (IEEE Trans. Information Theory 37(4), 1991; here with constant masses in place of counts of distinct successors).
+
+It knows nothing of probabilities beyond counts: see `tokens.py` for what becomes of them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOKEN_WINDOW = 16
+PAIR_WINDOW = 8
+# Bytes of Python objects for one observation with its own two rows (dict entry, list, ints): measured with tracemalloc, rounded up.
+_ROWS_BYTES = 460
+
+# mass of the level below: token against prior, pair against token, triple against pair, same request against all
+_TOKEN_MASS, _PAIR_MASS, _TRIPLE_MASS, _REQUEST_MASS = 1.0, 1.0, 1.0, 2.0
+
+NO_TOKEN = -1
+
+
+class Recall(NamedTuple):
+    """What is remembered of one coming token.
+
+    Attributes:
+        slots: int64 [n], observations.
+        weights: float64 [n], of each.
+        rest: what the prior weighs; `weights.sum() + rest` is 1.
+        support: class of confidence, 0 <= support < SUPPORT_CLASSES, by how often the token, pair and triple were seen.
+    """
+
+    slots: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    rest: float
+    support: int
+
+
+_COUNT_CLASS = np.array([0, 1, 2, 3, 3, *[4] * 4, *[5] * 8, *[6] * 64], np.int64)
+SUPPORT_CLASSES = 7 * 7 * 3 * 2
+# the bare token: nothing remembered
+_UNKNOWN = Recall(np.empty(0, np.int64), np.empty(0), 1.0, 0)
+
+
+class RoutingMemory:
+    """Observations of routing by token and token pair, in bounded memory. Not thread safe."""
+
+    def __init__(self, n_layers: int, n_experts: int, n_used: int, memory_bytes: int) -> None:
+        """`memory_bytes` bounds observations and rows together; at least one observation is kept."""
+        self.n_layers, self.n_experts, self.n_used = n_layers, n_experts, n_used
+        self.width = n_layers * n_used
+        ids_type = np.dtype(np.uint8 if n_experts <= 256 else np.uint16)
+        self.capacity = max(1, memory_bytes // (self.width * ids_type.itemsize + 6 * 8 + _ROWS_BYTES))
+        self.ids = np.zeros((self.capacity, self.width), ids_type)
+        # token, previous token, the one before, request; and the number of rows that point here
+        self.context = np.full((self.capacity, 4), NO_TOKEN, np.int64)
+        self._references = np.zeros(self.capacity, np.int8)
+        self._serial = np.zeros(self.capacity, np.int64)  # the order in which observations came
+        self._added = 0
+        self._fresh = 0  # slots from here on have never been used
+        self._free: list[int] = []
+        # by token, or token pair (see `_pair`); touched longest ago first
+        self._rows: OrderedDict[int, list[int] | int] = OrderedDict()
+        # Restored rows are lists only once they are asked for; until then: where in `_restored` they begin, << 8, and their length.
+        self._restored = np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        """Observations kept."""
+        return self._fresh - len(self._free)
+
+    def add(self, token: int, previous: int, before: int, request: int, ids: NDArray[np.integer]) -> None:
+        """Remembers the routing of one token: `ids` [layers, k]; `previous`, `before`: tokens before it, or NO_TOKEN."""
+        slot = self._take()
+        self.ids[slot] = ids.reshape(-1)
+        self.context[slot] = (token, previous, before, request)
+        self._serial[slot] = self._added
+        self._added += 1
+        self._references[slot] = 1 if previous == NO_TOKEN else 2
+        self._append(token, slot, TOKEN_WINDOW)
+        if previous != NO_TOKEN:
+            self._append(_pair(previous, token), slot, PAIR_WINDOW)
+
+    def recall(self, token: int, previous: int, before: int, request: int) -> Recall:
+        """What is remembered of `token` after `previous` and `before`, in `request`."""
+        row = self._row(token)
+        pair = self._row(_pair(previous, token)) if previous != NO_TOKEN else None
+        if row is None:
+            if pair is None:
+                return _UNKNOWN
+            row = pair
+        elif pair is not None:
+            row = row + [slot for slot in pair if slot not in row]
+        slots = np.array(row, np.int64)
+        context = self.context[slots]
+        in_pair = (context[:, 1] == previous) & (previous != NO_TOKEN)
+        in_triple = in_pair & (context[:, 2] == before) & (before != NO_TOKEN)
+        in_request = context[:, 3] == request
+        n, n_pair, n_triple, n_request = len(row), int(in_pair.sum()), int(in_triple.sum()), int(in_request.sum())
+        w_request = 1 / (n_request + _REQUEST_MASS)
+        w_triple = w_request * _REQUEST_MASS / (n_triple + _TRIPLE_MASS)
+        w_pair = w_triple * _TRIPLE_MASS / (n_pair + _PAIR_MASS)
+        w_token = w_pair * _PAIR_MASS / (n + _TOKEN_MASS)
+        weights = w_token + w_pair * in_pair + w_triple * in_triple + w_request * in_request
+        count = _COUNT_CLASS
+        support = ((int(count[n]) * 7 + int(count[n_pair])) * 3 + min(2, n_triple)) * 2 + (n_request > 0)
+        return Recall(slots, weights, w_token * _TOKEN_MASS, support)
+
+    def records(self) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+        """For saving, oldest first: token, previous token and the one before, int64 [n, 3]; ids [n, layers * k]."""
+        slots = np.flatnonzero(self._references[: self._fresh])
+        slots = slots[np.argsort(self._serial[slots])]
+        return self.context[slots, :3], self.ids[slots]
+
+    def restore(self, context: NDArray[np.int64], ids: NDArray[np.integer]) -> None:
+        """Fills an empty memory with saved records, which the caller has validated; of more than fit, the last ones.
+
+        The saved requests are over, so no record counts as of the same request.
+        """
+        context, ids = context[-self.capacity :], ids[-self.capacity :]
+        n = len(context)
+        self.context[:n, :3], self.ids[:n] = context, ids
+        self._serial[:n] = np.arange(n)
+        self._fresh = self._added = n
+        # what `add` one by one would leave, but in a fraction of the time: rows in the order of their last record
+        slots = np.arange(n)
+        paired = slots[context[:, 1] != NO_TOKEN]
+        tokens = _grouped(context[:, 0], slots, TOKEN_WINDOW)
+        pairs = _grouped((context[paired, 1] + 1) << 32 | context[paired, 0], paired, PAIR_WINDOW)
+        keys = np.concatenate([tokens.keys, pairs.keys])
+        ends = np.concatenate([tokens.ends, pairs.ends + len(tokens.slots)])
+        starts = np.append(0, ends[:-1])
+        pointed = np.concatenate([tokens.slots, pairs.slots])
+        order = np.argsort(pointed[ends - 1], kind="stable")
+        self._restored = pointed
+        self._rows = OrderedDict(zip(keys[order].tolist(), (starts << 8 | (ends - starts))[order].tolist(), strict=True))
+        self._references[:n] = np.bincount(pointed, minlength=n)
+        self._free = np.flatnonzero(self._references[:n] == 0).tolist()
+
+    def _take(self) -> int:
+        if self._fresh < self.capacity and not self._free:
+            self._fresh += 1
+            return self._fresh - 1
+        while not self._free:
+            for slot in self._row(next(iter(self._rows))) or ():
+                self._release(slot)
+            self._rows.popitem(last=False)
+        return self._free.pop()
+
+    def _row(self, key: int) -> list[int] | None:
+        row = self._rows.get(key)
+        if isinstance(row, int):
+            start = row >> 8
+            row = self._rows[key] = self._restored[start : start + (row & 255)].tolist()
+        return row
+
+    def _append(self, key: int, slot: int, window: int) -> None:
+        row = self._row(key)
+        if row is None:
+            self._rows[key] = [slot]
+            return
+        self._rows.move_to_end(key)
+        row.append(slot)
+        if len(row) > window:
+            self._release(row.pop(0))
+
+    def _release(self, slot: int) -> None:
+        self._references[slot] -= 1
+        if not self._references[slot]:
+            self._free.append(slot)
+
+
+class _Groups(NamedTuple):
+    """Rows one after the other: `keys` [rows], `ends` [rows] of each in `slots` [records]."""
+
+    keys: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    slots: NDArray[np.int64]
+
+
+def _grouped(keys: NDArray[np.int64], slots: NDArray[np.int64], window: int) -> _Groups:
+    """Groups slots by key; of each group, the last `window`, in order."""
+    order = np.argsort(keys, kind="stable")
+    keys, slots = keys[order], slots[order]
+    unique, counts = np.unique(keys, return_counts=True)
+    from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(keys))
+    return _Groups(unique, np.cumsum(np.minimum(counts, window)), slots[from_end <= window])
+
+
+def _pair(previous: int, token: int) -> int:
+    """A key that no token has: token ids are below 2^32."""
+    return (previous + 1) << 32 | token
