@@ -161,8 +161,8 @@ def test_plots_need_matplotlib_and_tables_do_not(bench: Bench, tmp_path: Path, m
 
 def test_bad_input_is_one_line(bench: Bench, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "give its binary with --peer bigmoe=PATH" in bench("--contender", "bigmoe").line
-    assert "no such file" in bench("--peer", "bigmoe=/nowhere/bmoe").line
-    assert "not a BigMoeOnEdge binary" in bench("--peer", "bigmoe=/bin/true").line
+    assert "no such file" in bench("--contender", "bigmoe", "--peer", "bigmoe=/nowhere/bmoe").line
+    assert "not a BigMoeOnEdge binary" in bench("--contender", "bigmoe", "--peer", "bigmoe=/bin/true").line
     assert "peer 'vllm' does not exist" in bench("--peer", "vllm=/bin/true").line
     assert "profile 'pi6' does not exist" in bench("--profile", "pi6").line
     assert "suite 'slow' does not exist" in bench("--suite", "slow").line
