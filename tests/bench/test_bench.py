@@ -169,12 +169,12 @@ def test_bad_input_is_one_line(bench: Bench, cli: Cli, tmp_path: Path, monkeypat
     assert "no row whose name holds 'x!'" in bench("--suite", "quick", "--rows", "x!").line
     assert "not a rate" in bench("--read", "fast").line
     assert "not a size" in bench("--memory", "much").line
-    assert "cannot be read" in bench("--prompts", tmp_path / "none.jsonl").line
+    assert "cannot be read" in bench("--contender", "spac", "--prompts", tmp_path / "none.jsonl").line
     assert "no records" in cli("bench", "--report", tmp_path).line
     from spac.bench import loadgen
 
     monkeypatch.setattr(loadgen, "available", lambda: False)
-    assert "pip install mlcommons-loadgen" in bench("--loadgen").line
+    assert "pip install mlcommons-loadgen" in bench("--contender", "spac", "--loadgen").line
     assert cli("bench").code == 2
     assert bench("--suite", "quick", "--memory", "1G").code == 2
     assert bench("--peer", "bigmoe").code == 2
