@@ -6,11 +6,11 @@ A profile bounds what a control group can bound. It does not make a core slower,
 from __future__ import annotations
 
 import os
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from spac.bench import data
 from spac.errors import OptionError
 from spac.limits import Limits
 from spac.memory import parse_memory
@@ -61,7 +61,7 @@ class Profile:
 
 def names() -> list[str]:
     """Of the profiles that come with spac."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return data.names(FOLDER)
 
 
 def load(name: str) -> Profile:
@@ -70,17 +70,14 @@ def load(name: str) -> Profile:
     Raises:
         OptionError: there is none, or it cannot be read.
     """
-    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
-    if not path.is_file():
-        raise OptionError(f"profile {name!r} does not exist: use {', '.join(names())}, or a .toml file")
-    data = read_toml(path)
-    unknown = set(data) - {"title", "sources", *LIMITED}
+    path, values = data.read(FOLDER, "profile", name)
+    unknown = set(values) - {"title", "sources", *LIMITED}
     if unknown:
         raise OptionError(f"{path}: {', '.join(sorted(unknown))}: no such setting of a profile")
-    missing = [key for key in LIMITED if key in data and key not in data.get("sources", {})]
+    missing = [key for key in LIMITED if key in values and key not in values.get("sources", {})]
     if missing:
         raise OptionError(f"{path}: no source is named for {', '.join(missing)}")
-    profile = Profile(name=path.stem, **{"title": path.stem, **data})
+    profile = Profile(name=path.stem, **{"title": path.stem, **values})
     check(profile, path)
     return profile
 
@@ -120,17 +117,3 @@ def memory_bytes(text: str | None, model_bytes: int) -> int | None:
     if n is None:
         raise OptionError("memory 'auto' has no meaning in a benchmark: write '25%', '2G' or 'none'")
     return n
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """What a data file holds.
-
-    Raises:
-        OptionError: it cannot be read.
-    """
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as e:
-        raise OptionError(f"{path}: cannot be read: {e.strerror or e}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise OptionError(f"{path}: not a TOML file: {e}") from None

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from spac.bench.profile import Profile, memory_bytes, read_toml
+from spac.bench import data
+from spac.bench.profile import Profile, memory_bytes
 from spac.errors import OptionError
 from spac.limits import Limits
 
@@ -56,7 +57,7 @@ class Row:
 
 def names() -> list[str]:
     """Of the suites that come with spac."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return data.names(FOLDER)
 
 
 def load(name: str) -> list[Row]:
@@ -65,11 +66,8 @@ def load(name: str) -> list[Row]:
     Raises:
         OptionError: there is none, or it cannot be read.
     """
-    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
-    if not path.is_file():
-        raise OptionError(f"suite {name!r} does not exist: use {', '.join(names())}, or a .toml file")
-    data = read_toml(path)
-    rows = [_row(path, {**data.get("defaults", {}), **row}) for row in data.get("row", [])]
+    path, values = data.read(FOLDER, "suite", name)
+    rows = [_row(path, {**values.get("defaults", {}), **row}) for row in values.get("row", [])]
     if not rows:
         raise OptionError(f"{path}: no rows ([[row]])")
     return rows
