@@ -259,7 +259,8 @@ def test_interrupted_at_any_moment(model_path: Path, delay_s: float) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     if delay_s >= 0.5:  # before, Python itself may not be up
-        assert process.returncode in (130, 0)
+        # a fast machine may be done by then: 0, or the signal itself while Python leaves
+        assert process.returncode in (130, 0, -signal.SIGINT), err
         assert "Traceback" not in err, err
 
 
