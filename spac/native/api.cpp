@@ -123,6 +123,10 @@ int spac_model_info(int id, spac_info * info) {
     info->n_tensors         = (int32_t) model->tensors.size();
     info->n_repacked        = (int32_t) std::count_if(model->tensors.begin(), model->tensors.end(), [](auto & t) { return !!t->repacker; });
     info->store             = model->store->id();
+    info->n_bundles         = 0;
+    for (const auto & group : model->groups) {
+        info->n_bundles += group->n_experts;
+    }
     return SPAC_OK;
 }
 
@@ -176,6 +180,22 @@ int spac_model_prefetch(int id, const spac_bundle * bundles, int n) {
     std::shared_ptr<spac::Model> model;
     const int code = with_model(id, model);
     return code != SPAC_OK ? code : guarded([&] { return Library::get().pager.prefetch(*model, bundles, n); });
+}
+
+int spac_model_expect(int id, const float * chances, int n) {
+    std::shared_ptr<spac::Model> model;
+    if (const int code = with_model(id, model)) {
+        return code;
+    }
+    int n_bundles = 0;
+    for (const auto & group : model->groups) {
+        n_bundles += group->n_experts;
+    }
+    if (!chances || n != n_bundles) {
+        return fail(SPAC_E_ARGUMENT, "spac_model_expect: " + std::to_string(n) + " chances for " + std::to_string(n_bundles) + " bundles");
+    }
+    Library::get().pager.expect(*model, chances);
+    return SPAC_OK;
 }
 
 int spac_model_evict_all(int id) {

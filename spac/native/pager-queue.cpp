@@ -161,6 +161,15 @@ int Pager::prefetch(Model & model, const spac_bundle * bundles, int n) {
     return (int) (queue_.size() - before);
 }
 
+void Pager::expect(Model & model, const float * chances) {
+    Lock lock(mutex_);
+    for (const auto & group : model.groups) {
+        for (int e = 0; e < group->n_experts; ++e, ++chances) {
+            model.policy->expect(group->index, e, *chances);
+        }
+    }
+}
+
 //
 // room in the budget
 //

@@ -125,6 +125,7 @@ class Pager {
 
     // -- control --
     int  prefetch(Model & model, const spac_bundle * bundles, int n);
+    void expect(Model & model, const float * chances);  // [group][expert]
     int  evict_all(Model & model);
     void wake();  // after a context was stopped
 
