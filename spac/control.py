@@ -93,6 +93,9 @@ class Stats(ctypes.Structure):
         ("tokens", ctypes.c_uint64),
         ("ubatches", ctypes.c_uint64),
         ("events", ctypes.c_uint64),
+        ("ahead_reads", ctypes.c_uint64),
+        ("ahead_bytes", ctypes.c_uint64),
+        ("wasted_bytes", ctypes.c_uint64),
     )
 
 
@@ -302,9 +305,9 @@ def spac_model_events(model: int, from_: int, events: Any, n: int, /) -> int: ..
 def spac_model_prefetch(model: int, bundles: Any, n: int, /) -> int: ...
 
 
-# int spac_model_expect(int model, const float * chances, int n);
-@_function("spac_model_expect", [ctypes.c_int, ctypes.POINTER(ctypes.c_float), ctypes.c_int], ctypes.c_int)
-def spac_model_expect(model: int, chances: Any, n: int, /) -> int: ...
+# int spac_model_expect(int model, const float * chances, int n, float read_from);
+@_function("spac_model_expect", [ctypes.c_int, ctypes.POINTER(ctypes.c_float), ctypes.c_int, ctypes.c_float], ctypes.c_int)
+def spac_model_expect(model: int, chances: Any, n: int, read_from: float, /) -> int: ...
 
 
 # int spac_model_evict_all(int model);
@@ -458,10 +461,13 @@ def model_info(model: int) -> ModelInfo:
     return ModelInfo(**fields, store=names.get(raw.store, str(raw.store)))
 
 
-def expect(model: int, chances: NDArray[np.float32]) -> None:
-    """Say how likely the coming token uses each expert: float32 [layers, experts], layers with experts in the order of computing."""
+def expect(model: int, chances: NDArray[np.float32], read_from: float) -> None:
+    """Say how likely the coming token uses each expert: float32 [layers, experts], layers with experts in the order of computing.
+
+    Absent experts with a chance of at least `read_from` are read ahead while no demand is being read.
+    """
     chances = np.ascontiguousarray(chances, np.float32)
-    check(spac_model_expect(model, chances.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), chances.size))
+    check(spac_model_expect(model, chances.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), chances.size, read_from))
 
 
 def model_stats(model: int) -> ModelStats:

@@ -14,6 +14,7 @@ from spac import control
 from spac.estimator import TokenEstimator
 
 SIGNALS: Final = ("tokens",)
+READ_FROM: Final = float(__import__('os').environ.get('RF','0.5'))
 IDLE_TOKENS: Final = 64  # so many without a miss: there is nothing to steer
 
 
@@ -38,7 +39,7 @@ class Foresight:
     def before(self, token: int | None) -> None:
         """A token is about to be decoded; None: several at once."""
         if self._estimator is not None and token is not None and self._calm_tokens < IDLE_TOKENS:
-            control.expect(self._model_id, self._estimator.predict([token]))
+            control.expect(self._model_id, self._estimator.predict([token]), READ_FROM)
 
     def after(self, token: int | None) -> None:
         """It was decoded."""

@@ -58,6 +58,9 @@ class ModelStats:
     tokens: int
     ubatches: int
     events: int
+    ahead_reads: int
+    ahead_bytes: int
+    wasted_bytes: int
 
     @property
     def hit_rate(self) -> float:

@@ -153,6 +153,9 @@ int spac_model_stats(int id, spac_stats * stats) {
     stats->tokens           = model->tokens;
     stats->ubatches         = model->ubatches;
     stats->events           = model->events.written();
+    stats->ahead_reads      = model->ahead_reads;
+    stats->ahead_bytes      = model->ahead_bytes;
+    stats->wasted_bytes     = model->wasted_bytes;
     return SPAC_OK;
 }
 
@@ -182,7 +185,7 @@ int spac_model_prefetch(int id, const spac_bundle * bundles, int n) {
     return code != SPAC_OK ? code : guarded([&] { return Library::get().pager.prefetch(*model, bundles, n); });
 }
 
-int spac_model_expect(int id, const float * chances, int n) {
+int spac_model_expect(int id, const float * chances, int n, float read_from) {
     std::shared_ptr<spac::Model> model;
     if (const int code = with_model(id, model)) {
         return code;
@@ -194,8 +197,7 @@ int spac_model_expect(int id, const float * chances, int n) {
     if (!chances || n != n_bundles) {
         return fail(SPAC_E_ARGUMENT, "spac_model_expect: " + std::to_string(n) + " chances for " + std::to_string(n_bundles) + " bundles");
     }
-    Library::get().pager.expect(*model, chances);
-    return SPAC_OK;
+    return guarded([&] { return Library::get().pager.expect(*model, chances, read_from); });
 }
 
 int spac_model_evict_all(int id) {
