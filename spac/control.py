@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 import spac
 from spac.errors import (
     BudgetError,
@@ -53,7 +56,7 @@ class Options(ctypes.Structure):
 
 
 # typedef struct spac_info { uint64_t struct_size, expert_bytes, expert_page_bytes, max_bundle_bytes, floor_bytes;
-#                            int32_t n_layers, n_experts, n_tensors, n_repacked, store, reserved; } spac_info;
+#                            int32_t n_layers, n_experts, n_tensors, n_repacked, store, n_bundles; } spac_info;
 class Info(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint64),
@@ -66,7 +69,7 @@ class Info(ctypes.Structure):
         ("n_tensors", ctypes.c_int32),
         ("n_repacked", ctypes.c_int32),
         ("store", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("n_bundles", ctypes.c_int32),
     )
 
 
@@ -90,6 +93,9 @@ class Stats(ctypes.Structure):
         ("tokens", ctypes.c_uint64),
         ("ubatches", ctypes.c_uint64),
         ("events", ctypes.c_uint64),
+        ("ahead_reads", ctypes.c_uint64),
+        ("ahead_bytes", ctypes.c_uint64),
+        ("wasted_bytes", ctypes.c_uint64),
     )
 
 
@@ -299,6 +305,11 @@ def spac_model_events(model: int, from_: int, events: Any, n: int, /) -> int: ..
 def spac_model_prefetch(model: int, bundles: Any, n: int, /) -> int: ...
 
 
+# int spac_model_expect(int model, const float * chances, int n, float read_from);
+@_function("spac_model_expect", [ctypes.c_int, ctypes.POINTER(ctypes.c_float), ctypes.c_int, ctypes.c_float], ctypes.c_int)
+def spac_model_expect(model: int, chances: Any, n: int, read_from: float, /) -> int: ...
+
+
 # int spac_model_evict_all(int model);
 @_function("spac_model_evict_all", [ctypes.c_int], ctypes.c_int)
 def spac_model_evict_all(model: int, /) -> int: ...
@@ -420,8 +431,6 @@ def recorder_callback_address() -> int:
 
 def take_routing(recorder: int) -> list[RoutedLayer]:
     """What was routed since the last call, in the order of computing."""
-    import numpy as np
-
     records = []
     raw = _sized(Routing)
     while check(spac_recorder_next(recorder, ctypes.byref(raw))):
@@ -448,8 +457,17 @@ def model_info(model: int) -> ModelInfo:
     raw = _sized(Info)
     check(spac_model_info(model, ctypes.byref(raw)))
     names = {number: name for name, number in STORES.items()}
-    fields = {name: getattr(raw, name) for name, *_ in Info._fields_[1:-2]}
+    fields = {name: getattr(raw, name) for name, *_ in Info._fields_[1:] if name != "store"}
     return ModelInfo(**fields, store=names.get(raw.store, str(raw.store)))
+
+
+def expect(model: int, chances: NDArray[np.float32], read_from: float) -> None:
+    """Say how likely the coming token uses each expert: float32 [layers, experts], layers with experts in the order of computing.
+
+    Absent experts with a chance of at least `read_from` are read ahead while no demand is being read.
+    """
+    chances = np.ascontiguousarray(chances, np.float32)
+    check(spac_model_expect(model, chances.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), chances.size, read_from))
 
 
 def model_stats(model: int) -> ModelStats:

@@ -162,12 +162,14 @@ class Llama(llama_cpp.Llama):
         store: str = "auto",
         n_io_threads: int = 0,
         repack: bool = True,
+        signals: Sequence[str] = ("tokens",),
         on_progress: Callable[[float], bool] | None = None,
         record_routing: bool = False,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() may be called on what was never finished
         self._spac_arguments = {"memory": memory, "paging": paging, "store": store, "n_io_threads": n_io_threads, "repack": repack}
+        self._spac_arguments["signals"] = tuple(signals)
         self._prepare_arguments(memory, paging, store, kwargs)
         path = os.fspath(model_path)
         facts = check_model(path)
@@ -320,6 +322,12 @@ class Llama(llama_cpp.Llama):
             memory.drop_file_cache(*self.spac.facts.parts)
             memory.drop_own_file_cache()
         info = self.spac.info()
+        if info is not None and "tokens" in self._spac_arguments["signals"]:
+            from spac.engine import Foresight
+
+            foresight = Foresight(self.spac.model_id)
+            context: Any = self._ctx
+            context.foresight = foresight if foresight.possible else None
         try:
             floor, compute = info.floor_bytes if info else 0, self.spac.plan.sizes.compute_bytes
             _governor.settle(self._member, floor, compute, self.context_params.n_ubatch)

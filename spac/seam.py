@@ -21,6 +21,7 @@ from spac.errors import Cancelled, DecodeError, LibraryError, ModelFileError, Sp
 from spac.gguf_check import EXPERT_PATTERN
 
 if TYPE_CHECKING:
+    from spac.engine import Foresight
     from spac.trace.recorder import Recorder
 
 internals: Any = llama_cpp._internals  # its classes are replaced here
@@ -146,6 +147,7 @@ class Context(_StockContext):  # type: ignore[misc]
         self._before_decode = before_decode
         self._after_decode = after_decode
         self._lock = threading.Lock()
+        self.foresight: Foresight | None = None
         self.busy = threading.RLock()  # held while llama.cpp computes, and while a failed evaluation is undone
         user = ctypes.cast(params.abort_callback, ctypes.c_void_p).value
         self._user_callback = params.abort_callback  # keeps it alive
@@ -176,7 +178,10 @@ class Context(_StockContext):  # type: ignore[misc]
             if self.ctx is None:
                 raise DecodeError("the model is closed")
             n_tokens = int(batch.batch.n_tokens)
+            token = int(batch.batch.token[0]) if n_tokens == 1 and batch.batch.token else None
             self._before_decode(n_tokens)
+            if self.foresight is not None:
+                self.foresight.before(token)
             if self._recorder is not None:
                 self._recorder.before_decode()
             code = upstream.llama_decode(self.ctx, batch.batch)
@@ -185,6 +190,8 @@ class Context(_StockContext):  # type: ignore[misc]
             if code != 0:
                 raise self._error("llama_decode", code)
             self._after_decode(n_tokens)
+            if self.foresight is not None:
+                self.foresight.after(token)
 
     def encode(self, batch: Any) -> None:
         """As `decode`, for encoders."""

@@ -19,6 +19,7 @@ class ModelInfo:
         n_experts: experts in such a layer.
         n_tensors: paged tensors.
         n_repacked: of which slices are repacked, when they are read, for the CPU's faster kernels.
+        n_bundles: experts of all layers together.
         store: how experts are read: "direct", "buffered", "mmap" or "mock".
     """
 
@@ -30,6 +31,7 @@ class ModelInfo:
     n_experts: int
     n_tensors: int
     n_repacked: int
+    n_bundles: int
     store: str
 
 
@@ -56,6 +58,9 @@ class ModelStats:
     tokens: int
     ubatches: int
     events: int
+    ahead_reads: int
+    ahead_bytes: int
+    wasted_bytes: int
 
     @property
     def hit_rate(self) -> float:

@@ -123,6 +123,10 @@ int spac_model_info(int id, spac_info * info) {
     info->n_tensors         = (int32_t) model->tensors.size();
     info->n_repacked        = (int32_t) std::count_if(model->tensors.begin(), model->tensors.end(), [](auto & t) { return !!t->repacker; });
     info->store             = model->store->id();
+    info->n_bundles         = 0;
+    for (const auto & group : model->groups) {
+        info->n_bundles += group->n_experts;
+    }
     return SPAC_OK;
 }
 
@@ -149,6 +153,9 @@ int spac_model_stats(int id, spac_stats * stats) {
     stats->tokens           = model->tokens;
     stats->ubatches         = model->ubatches;
     stats->events           = model->events.written();
+    stats->ahead_reads      = model->ahead_reads;
+    stats->ahead_bytes      = model->ahead_bytes;
+    stats->wasted_bytes     = model->wasted_bytes;
     return SPAC_OK;
 }
 
@@ -176,6 +183,21 @@ int spac_model_prefetch(int id, const spac_bundle * bundles, int n) {
     std::shared_ptr<spac::Model> model;
     const int code = with_model(id, model);
     return code != SPAC_OK ? code : guarded([&] { return Library::get().pager.prefetch(*model, bundles, n); });
+}
+
+int spac_model_expect(int id, const float * chances, int n, float read_from) {
+    std::shared_ptr<spac::Model> model;
+    if (const int code = with_model(id, model)) {
+        return code;
+    }
+    int n_bundles = 0;
+    for (const auto & group : model->groups) {
+        n_bundles += group->n_experts;
+    }
+    if (!chances || n != n_bundles) {
+        return fail(SPAC_E_ARGUMENT, "spac_model_expect: " + std::to_string(n) + " chances for " + std::to_string(n_bundles) + " bundles");
+    }
+    return guarded([&] { return Library::get().pager.expect(*model, chances, read_from); });
 }
 
 int spac_model_evict_all(int id) {

@@ -2,6 +2,7 @@
 #include "pager.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 
@@ -13,6 +14,14 @@ static constexpr double near_head = 8;
 
 // Deadlines: 0 the op being computed, 1 and 2 its layer's other tensors, then prefetches.
 static constexpr int prefetch_deadline = 3;
+
+// A prefetch begins only while no demand is being read, and only so many at a time: what a demand that comes in between has to
+// share the device with. It is read in pieces, so that it can be abandoned.
+static constexpr int    max_reading_ahead = 2;
+static constexpr size_t piece_bytes       = 1 << 20;
+
+static constexpr int   decoded_tokens  = 8;       // a ubatch of more is a prompt's
+static constexpr float demand_learning = 1 / 8.0f;
 
 //
 // the queue
@@ -57,7 +66,13 @@ Pager::Claim Pager::claim(const Job & job) const {
 // deadline first, and what comes later may be worth more.
 bool Pager::take_job(Job & job) {
     Refusal refusal;
+    bool    demanded = false;
     for (const Job & candidate : queue_) {
+        const bool ahead = candidate.deadline >= prefetch_deadline;
+        if (ahead && (n_reading_ > 0 || n_reading_ahead_ >= max_reading_ahead || demanded)) {
+            return false;  // all behind it are prefetches, too
+        }
+        demanded = demanded || !ahead;
         if (make_room(candidate, claim(candidate), refusal)) {
             job = candidate;
             Slice & slice = job.tensor->slices[job.expert];
@@ -65,6 +80,8 @@ bool Pager::take_job(Job & job) {
             const size_t bytes = job.tensor->own_page_bytes(job.expert);
             slice.op    = nullptr;
             slice.state = State::reading;
+            slice.abandoned = false;
+            count_reading(ahead, 1);
             count_present(job.tensor->group->bundles[job.expert], 1);
             used_ += bytes;
             job.tensor->model->used_bytes += bytes;
@@ -84,8 +101,10 @@ void Pager::read_and_finish(const Job & job, Lock & lock) {
     Slice &       slice  = tensor.slices[job.expert];
     lock.unlock();
     const auto begin = std::chrono::steady_clock::now();
-    const ReadResult result =
-        model.store->read(*tensor.file, tensor.slice_data(job.expert), tensor.slice_bytes, tensor.slice_offset(job.expert));
+    const bool       ahead  = job.deadline >= prefetch_deadline;
+    const ReadResult result = ahead ? read_ahead(tensor, job.expert) :
+                                      model.store->read(*tensor.file, tensor.slice_data(job.expert), tensor.slice_bytes,
+                                                        tensor.slice_offset(job.expert));
     const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
     if (tensor.repacker && result.os_error == 0) {
         tensor.repacker->repack(tensor.slice_data(job.expert));
@@ -96,7 +115,17 @@ void Pager::read_and_finish(const Job & job, Lock & lock) {
     model.bytes_read.fetch_add(result.bytes, std::memory_order_relaxed);
     model.rereads.fetch_add(slice.was_read ? 1 : 0, std::memory_order_relaxed);
     slice.was_read = true;
-    if (result.os_error == 0) {
+    count_reading(ahead, -1);
+    if (ahead) {
+        model.ahead_reads.fetch_add(1, std::memory_order_relaxed);
+        model.ahead_bytes.fetch_add(result.bytes, std::memory_order_relaxed);
+        slice.ahead = slice.upcoming == 0;
+    }
+    if (result.os_error == ECANCELED) {
+        model.wasted_bytes.fetch_add(result.bytes, std::memory_order_relaxed);
+        slice.state = State::absent;
+        release(tensor, job.expert);
+    } else if (result.os_error == 0) {
         slice.state.store(State::resident, std::memory_order_seq_cst);
     } else {
         model.read_errors.fetch_add(1, std::memory_order_relaxed);
@@ -105,6 +134,79 @@ void Pager::read_and_finish(const Job & job, Lock & lock) {
         release(tensor, job.expert);
     }
     arrived_.notify_all();
+}
+
+void Pager::count_reading(bool ahead, int change) {
+    if (ahead) {
+        n_reading_ahead_ += change;
+        return;
+    }
+    const auto now = std::chrono::steady_clock::now();
+    if (n_reading_ == 0) {
+        reading_since_ = now;
+    }
+    n_reading_ += change;
+    if (n_reading_ == 0) {
+        reading_time_ += now - reading_since_;
+    }
+}
+
+// At the begin of a ubatch, for the one before it.
+void Pager::measure_demand(const Routing & routing) {
+    const auto now = std::chrono::steady_clock::now();
+    if (n_reading_ > 0) {
+        reading_time_ += now - reading_since_;
+        reading_since_ = now;
+    }
+    if (routing.n_tokens <= decoded_tokens && measured_at_.time_since_epoch().count() > 0) {
+        const float share = std::chrono::duration<float>(reading_time_) / std::chrono::duration<float>(now - measured_at_);
+        demand_share_ = demand_share_ + demand_learning * (std::min(share, 1.0f) - demand_share_);
+    }
+    measured_at_  = routing.n_tokens <= decoded_tokens ? now : std::chrono::steady_clock::time_point{};
+    reading_time_ = {};
+}
+
+// In pieces that end on pages; ECANCELED if it was abandoned meanwhile.
+ReadResult Pager::read_ahead(PagedTensor & tensor, int expert) {
+    uint8_t * const  data = tensor.slice_data(expert);
+    ReadResult       all;
+    for (size_t done = 0; done < tensor.slice_bytes;) {
+        if (tensor.slices[expert].abandoned) {
+            all.os_error = ECANCELED;
+            break;
+        }
+        const uintptr_t end  = ((uintptr_t) data + done + piece_bytes) / page_size() * page_size();
+        const size_t    size = std::min(tensor.slice_bytes - done, (size_t) (end - (uintptr_t) data - done));
+        const ReadResult piece = tensor.model->store->read(*tensor.file, data + done, size, tensor.slice_offset(expert) + done);
+        all.bytes += piece.bytes;
+        if (piece.os_error != 0) {
+            all.os_error = piece.os_error;
+            break;
+        }
+        done += size;
+    }
+    return all;
+}
+
+// The layer has chosen: guesses that were wrong leave the queue, or stop being read; those that were right count as used.
+void Pager::drop_guesses(Group & group, const std::vector<int32_t> & needed) {
+    for (PagedTensor * part : group.parts) {
+        for (int32_t e : needed) {
+            part->slices[e].ahead = false;
+        }
+        for (int e = 0; e < part->n_experts; ++e) {
+            Slice & slice = part->slices[e];
+            if (slice.deadline < prefetch_deadline || (slice.state != State::queued && slice.state != State::reading)) {
+                continue;
+            }
+            const bool right = std::find(needed.begin(), needed.end(), e) != needed.end();
+            if (slice.state == State::reading) {
+                slice.abandoned = !right && slice.upcoming == 0;
+            } else if (!right) {
+                dequeue(*part, e);
+            }
+        }
+    }
 }
 
 void Pager::work() {
@@ -154,6 +256,23 @@ int Pager::prefetch(Model & model, const spac_bundle * bundles, int n) {
             const double rank = -model.policy->worth(group->index, e);
             for (PagedTensor * part : group->parts) {
                 enqueue(*part, e, prefetch_deadline + std::max(0, bundles[i].deadline), rank, nullptr);
+            }
+        }
+    }
+    notify_work();
+    return (int) (queue_.size() - before);
+}
+
+int Pager::expect(Model & model, const float * chances, float read_from) {
+    Lock lock(mutex_);
+    const size_t before = queue_.size();
+    for (const auto & group : model.groups) {
+        for (int e = 0; e < group->n_experts; ++e, ++chances) {
+            model.policy->expect(group->index, e, *chances);
+            for (PagedTensor * part : group->parts) {
+                if (*chances >= read_from && e < part->n_experts) {
+                    enqueue(*part, e, prefetch_deadline + group->index, -(double) *chances, nullptr);
+                }
             }
         }
     }
@@ -271,6 +390,10 @@ bool Pager::evict(PagedTensor & tensor, int expert) {
         return false;
     }
     tensor.model->evictions.fetch_add(1, std::memory_order_relaxed);
+    if (slice.ahead) {
+        tensor.model->wasted_bytes.fetch_add(tensor.slice_bytes, std::memory_order_relaxed);
+        slice.ahead = false;
+    }
     release(tensor, expert);
     return true;
 }

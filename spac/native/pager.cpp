@@ -359,6 +359,7 @@ void Pager::begin_visit(PagedTensor & tensor, spac_context & context, const std:
     visit.whole      = needed.size() * tensor.model->max_bundle_bytes <= budget_ / whole_visit_part;
     visit.open.assign(group.parts.size() * (size_t) group.n_experts, 0);
     count_uses(group, context.end_token, needed, routing);
+    drop_guesses(group, needed);
     tensor.model->policy->begin(group.index);
     tensor.model->policy->use_ubatch(group.index, needed, routing.n_tokens, routing.n_used,
                                      [&](int64_t token, int i) { return routing.at(token, i); });
@@ -384,6 +385,7 @@ void Pager::begin_ubatch(Model & model, spac_context & context, const Routing & 
     }
     context.end_token = model.tokens.fetch_add((uint64_t) routing.n_tokens, std::memory_order_relaxed) + (uint64_t) routing.n_tokens;
     model.ubatches.fetch_add(1, std::memory_order_relaxed);
+    measure_demand(routing);
 }
 
 void Pager::count_uses(Group & group, uint64_t end_token, const std::vector<int32_t> & needed, const Routing & routing) {

@@ -19,6 +19,7 @@
 #include "policy.h"
 #include "window.h"
 
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <memory>
@@ -67,6 +68,7 @@ struct Model {
 
     std::atomic<uint64_t> used_bytes{ 0 }, hits{ 0 }, misses{ 0 }, reads{ 0 }, bytes_read{ 0 }, evictions{ 0 }, rereads{ 0 };
     std::atomic<uint64_t> read_errors{ 0 }, stall_ns{ 0 }, read_ns{ 0 }, tokens{ 0 }, ubatches{ 0 };
+    std::atomic<uint64_t> ahead_reads{ 0 }, ahead_bytes{ 0 }, wasted_bytes{ 0 };
 
     // Two bundles of the largest layer: one in use, one on its way.
     uint64_t floor_bytes() const { return 2 * max_bundle_bytes; }
@@ -114,6 +116,8 @@ class Pager {
     uint64_t budget() const { return budget_.load(std::memory_order_relaxed); }
     uint64_t used_bytes() const { return used_.load(std::memory_order_relaxed); }
     uint64_t peak_bytes() const { return peak_.load(std::memory_order_relaxed); }
+    // The part of the time in which a demand was being read, of late, while decoding: 0 to 1; 1 until it was measured.
+    float demand_share() const { return demand_share_.load(std::memory_order_relaxed); }
 
     // -- compute threads --
     // order [n_experts]: permuted, what is resident first. The op belongs to the pager and ends by itself when all threads
@@ -125,6 +129,7 @@ class Pager {
 
     // -- control --
     int  prefetch(Model & model, const spac_bundle * bundles, int n);
+    int  expect(Model & model, const float * chances, float read_from);  // [group][expert]
     int  evict_all(Model & model);
     void wake();  // after a context was stopped
 
@@ -173,6 +178,10 @@ class Pager {
     void enqueue(PagedTensor & tensor, int expert, int deadline, double rank, Op * op);
     void dequeue(PagedTensor & tensor, int expert);
     bool take_job(Job & job);
+    void count_reading(bool ahead, int change);
+    void measure_demand(const Routing & routing);
+    ReadResult read_ahead(PagedTensor & tensor, int expert);
+    void drop_guesses(Group & group, const std::vector<int32_t> & needed);
     Claim claim(const Job & job) const;
     void read_and_finish(const Job & job, Lock & lock);
     void work();
@@ -202,6 +211,10 @@ class Pager {
     std::vector<std::unique_ptr<Op>>         all_ops_;   // active and free
     std::vector<Op *>                        free_ops_;
     std::vector<std::thread>                 threads_;
+    int    n_reading_ = 0, n_reading_ahead_ = 0;  // demands and guesses in flight
+    std::atomic<float>                    demand_share_{ 1 };
+    std::chrono::steady_clock::time_point reading_since_, measured_at_;  // demands in flight; the last decode's begin
+    std::chrono::steady_clock::duration   reading_time_{};               // of demands, since measured_at_
     bool   stopping_ = false;
     int    n_idle_threads_ = 0;
 };

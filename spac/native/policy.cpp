@@ -104,7 +104,7 @@ void Policy::use(int index, const int32_t * experts, int n_used, bool learn) {
 
 void Policy::expect(int index, int expert, double chance) {
     Layer & layer = layers_[index];
-    layer.value[expert] = std::max(layer.value[expert], (float) chance);
+    layer.value[expert] = (float) chance + discount * cells_[layer.cell[expert]].value;
     layer.least = -1;
 }
 

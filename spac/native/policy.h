@@ -55,7 +55,7 @@ class Policy {
             use(layer, chosen.data(), n_used, first == 0 || token > first);
         }
     }
-    // Somebody else foresees a use with this probability; it holds until the layer's next token.
+    // Somebody else says how likely the layer's next token is to use it; that holds until that token has come.
     void expect(int layer, int expert, double chance);
     void set_present(int layer, int expert, bool present);
 

@@ -84,7 +84,7 @@ typedef struct spac_info {
     int32_t  n_tensors;          // paged tensors
     int32_t  n_repacked;         // of which the slices are repacked when they are read
     int32_t  store;              // SPAC_STORE_* in use
-    int32_t  reserved;
+    int32_t  n_bundles;          // experts of all layers together
 } spac_info;
 
 // All counters run from the model's load. A use is one expert in one layer in one ubatch.
@@ -106,6 +106,9 @@ typedef struct spac_stats {
     uint64_t tokens;            // tokens that passed the first paged layer
     uint64_t ubatches;          // ubatches, likewise
     uint64_t events;            // routing events written so far
+    uint64_t ahead_reads;       // of reads: those of guesses
+    uint64_t ahead_bytes;       // of bytes_read: likewise
+    uint64_t wasted_bytes;      // of ahead_bytes: abandoned, or dropped unused
 } spac_stats;
 
 // One token's routing in one layer, in the order in which layers are computed.
@@ -209,6 +212,10 @@ SPAC_API int spac_model_stats_by_layer(int model, int32_t * layers, uint64_t * h
 // copies events from sequence number `from` on; returns how many; older ones than the ring holds are left out
 SPAC_API int spac_model_events(int model, uint64_t from, spac_event * events, int n);
 SPAC_API int spac_model_prefetch(int model, const spac_bundle * bundles, int n);  // returns how many reads were queued
+// chances [n]: for each layer with experts, in the order of computing, and each of its experts: how likely the token that comes
+// next there uses it. Steers what is evicted until that token has come. Absent experts with at least the chance read_from are read
+// ahead while no demand is being read; returns how many reads were queued
+SPAC_API int spac_model_expect(int model, const float * chances, int n, float read_from);
 SPAC_API int spac_model_evict_all(int model);                                     // for measuring cold; returns slices dropped
 SPAC_API int spac_mock_fail_reads(int model, int after, int count, int os_error); // SPAC_STORE_MOCK only
 
