@@ -28,7 +28,7 @@ from spac.errors import (
 )
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 EVENT_MAX_EXPERTS: Final = 32
 IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
@@ -153,6 +153,7 @@ class Simulation(ctypes.Structure):
         ("ids", ctypes.c_void_p),
         ("ubatch", ctypes.c_void_p),
         ("bundle_bytes", ctypes.c_void_p),
+        ("foresight", ctypes.c_void_p),
         ("n_tokens", ctypes.c_uint64),
         ("n_bundles", ctypes.c_uint64),
         ("n_layers", ctypes.c_int32),
@@ -305,9 +306,13 @@ def spac_model_events(model: int, from_: int, events: Any, n: int, /) -> int: ..
 def spac_model_prefetch(model: int, bundles: Any, n: int, /) -> int: ...
 
 
-# int spac_model_expect(int model, const float * chances, int n, float read_from);
-@_function("spac_model_expect", [ctypes.c_int, ctypes.POINTER(ctypes.c_float), ctypes.c_int, ctypes.c_float], ctypes.c_int)
-def spac_model_expect(model: int, chances: Any, n: int, read_from: float, /) -> int: ...
+# int spac_model_foresee(int model, const float * now, const float * later, const float * rest, int n, float read_from);
+@_function(
+    "spac_model_foresee",
+    [ctypes.c_int, *[ctypes.POINTER(ctypes.c_float)] * 3, ctypes.c_int, ctypes.c_float],
+    ctypes.c_int,
+)
+def spac_model_foresee(model: int, now: Any, later: Any, rest: Any, n: int, read_from: float, /) -> int: ...
 
 
 # int spac_model_evict_all(int model);
@@ -347,9 +352,7 @@ def spac_context_take_error(context: int, error: Any, /) -> int: ...
 
 
 # int spac_memory_measure(const char * path, const void * model_params, const void * context_params, spac_memory * memory);
-@_function(
-    "spac_memory_measure", [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(Memory)], ctypes.c_int
-)
+@_function("spac_memory_measure", [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(Memory)], ctypes.c_int)
 def spac_memory_measure(path: bytes, model_params: Any, context_params: Any, memory: Any, /) -> int: ...
 
 
@@ -461,13 +464,18 @@ def model_info(model: int) -> ModelInfo:
     return ModelInfo(**fields, store=names.get(raw.store, str(raw.store)))
 
 
-def expect(model: int, chances: NDArray[np.float32], read_from: float) -> None:
-    """Say how likely the coming token uses each expert: float32 [layers, experts], layers with experts in the order of computing.
+def foresee(model: int, foresight: NDArray[np.float32], read_from: float) -> int:
+    """Say which experts coming tokens will use: see spac_model_foresee() in spac.h.
 
-    Absent experts with a chance of at least `read_from` are read ahead while no demand is being read.
+    Args:
+        foresight: float32 [3, layers, experts]: now, later, rest; layers with experts, in the order of computing.
+        read_from: absent experts with at least this probability now are read ahead, while no demand is being read.
+
+    Returns:
+        How many reads were queued.
     """
-    chances = np.ascontiguousarray(chances, np.float32)
-    check(spac_model_expect(model, chances.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), chances.size, read_from))
+    now, later, rest = (part.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for part in foresight)
+    return check(spac_model_foresee(model, now, later, rest, foresight[0].size, read_from))
 
 
 def model_stats(model: int) -> ModelStats:
@@ -499,6 +507,16 @@ def model_events(model: int, from_: int = 0, limit: int = 8192) -> list[RoutingE
         )
         for event in raw[:n]
     ]
+
+
+def routing(model: int, from_: int, n: int) -> tuple[NDArray[np.uint16], NDArray[np.uint16] | None]:
+    """As `model_events`, without objects: block numbers [events], and experts [events, k], None if their number varies."""
+    raw = (Event * n)()
+    n = check(spac_model_events(model, from_, raw, n))
+    events: NDArray[np.void] = np.frombuffer(memoryview(raw).cast("B"), np.dtype(Event), n)
+    k = events["n_experts"][0] if n else 0
+    varies = n == 0 or k > EVENT_MAX_EXPERTS or (events["n_experts"] != k).any()
+    return events["layer"], None if varies else events["experts"][:, :k]
 
 
 def memory_measure(path: str, model_params: ctypes.Structure, context_params: ctypes.Structure) -> Memory:

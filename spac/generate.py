@@ -100,9 +100,7 @@ def token_bytes(llama: Llama, token: int) -> bytes:
         size = -n
 
 
-def generate(
-    llama: Llama, prompt: Sequence[int], sampling: Sampling, max_tokens: int | None = None
-) -> tuple[Generation, Iterator[str]]:
+def generate(llama: Llama, prompt: Sequence[int], sampling: Sampling, max_tokens: int | None = None) -> tuple[Generation, Iterator[str]]:
     """Continue a prompt.
 
     Args:
@@ -124,9 +122,7 @@ def _stream(llama: Llama, prompt: list[int], sampling: Sampling, max_tokens: int
     if not prompt:
         raise DecodeError("the prompt is empty")
     if len(prompt) >= llama.n_ctx():
-        raise DecodeError(
-            f"the prompt has {len(prompt)} tokens, the context {llama.n_ctx()}, and an answer needs room too; raise --ctx"
-        )
+        raise DecodeError(f"the prompt has {len(prompt)} tokens, the context {llama.n_ctx()}, and an answer needs room too; raise --ctx")
     begin = time.perf_counter()
     result.reused_tokens = reuse_prefix(llama, prompt)
     try:

@@ -22,6 +22,7 @@ from spac.plan import VOCABULARY_FACTOR, Paging, Plan, Sizes, make_plan, paged_u
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
 
 if TYPE_CHECKING:
+    from spac.engine import Proposal
     from spac.trace.recorder import Recorder
 
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
@@ -111,6 +112,11 @@ class Handle:
         if self._context is not None:
             self._context.cancel()
 
+    def propose(self, proposal: Proposal) -> None:
+        """Say which tokens may follow the last one sampled: a hint for the next decode about what to keep in memory."""
+        if self._context is not None and self._context.foresight is not None:
+            self._context.foresight.propose(proposal)
+
     def forget_cancel(self) -> None:
         """Undo a `cancel()` that came when nothing was running."""
         if self._context is not None:
@@ -162,14 +168,14 @@ class Llama(llama_cpp.Llama):
         store: str = "auto",
         n_io_threads: int = 0,
         repack: bool = True,
-        signals: Sequence[str] = ("tokens",),
+        signals: Sequence[str] = ("tokens", "draft"),
         on_progress: Callable[[float], bool] | None = None,
         record_routing: bool = False,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() may be called on what was never finished
         self._spac_arguments = {"memory": memory, "paging": paging, "store": store, "n_io_threads": n_io_threads, "repack": repack}
-        self._spac_arguments["signals"] = tuple(signals)
+        self._signals = tuple(signals)
         self._prepare_arguments(memory, paging, store, kwargs)
         path = os.fspath(model_path)
         facts = check_model(path)
@@ -322,10 +328,10 @@ class Llama(llama_cpp.Llama):
             memory.drop_file_cache(*self.spac.facts.parts)
             memory.drop_own_file_cache()
         info = self.spac.info()
-        if info is not None and "tokens" in self._spac_arguments["signals"]:
+        if info is not None and self._signals:
             from spac.engine import Foresight
 
-            foresight = Foresight(self.spac.model_id)
+            foresight = Foresight(self.spac.model_id, self._signals)
             context: Any = self._ctx
             context.foresight = foresight if foresight.possible else None
         try:

@@ -178,10 +178,9 @@ class Context(_StockContext):  # type: ignore[misc]
             if self.ctx is None:
                 raise DecodeError("the model is closed")
             n_tokens = int(batch.batch.n_tokens)
-            token = int(batch.batch.token[0]) if n_tokens == 1 and batch.batch.token else None
             self._before_decode(n_tokens)
             if self.foresight is not None:
-                self.foresight.before(token)
+                self.foresight.before(*_single_sequence(batch.batch))
             if self._recorder is not None:
                 self._recorder.before_decode()
             code = upstream.llama_decode(self.ctx, batch.batch)
@@ -191,7 +190,7 @@ class Context(_StockContext):  # type: ignore[misc]
                 raise self._error("llama_decode", code)
             self._after_decode(n_tokens)
             if self.foresight is not None:
-                self.foresight.after(token)
+                self.foresight.after(*_single_sequence(batch.batch))
 
     def encode(self, batch: Any) -> None:
         """As `decode`, for encoders."""
@@ -240,6 +239,16 @@ class Context(_StockContext):  # type: ignore[misc]
             self._free_spac_context()
             if self._recorder is not None:
                 self._recorder.close()
+
+
+def _single_sequence(batch: Any) -> tuple[int, list[int] | None]:
+    """First position and tokens of a batch of a few tokens of sequence 0; no tokens if it is another kind of batch."""
+    from spac.engine import MAX_BATCH
+
+    n = int(batch.n_tokens)
+    if n > MAX_BATCH or not batch.token or any(batch.n_seq_id[i] != 1 or batch.seq_id[i][0] != 0 for i in range(n)):
+        return 0, None
+    return int(batch.pos[0]), list(batch.token[:n])
 
 
 def physical_cores() -> int:

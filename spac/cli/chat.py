@@ -66,9 +66,7 @@ def chat(
 class Session:
     """One chat: reads lines, obeys commands, streams answers."""
 
-    def __init__(
-        self, llama: Llama, conversation: Conversation, sampling: Sampling, max_tokens: int | None, load_s: float
-    ) -> None:
+    def __init__(self, llama: Llama, conversation: Conversation, sampling: Sampling, max_tokens: int | None, load_s: float) -> None:
         self.llama = llama
         self.conversation = conversation
         self.sampling = sampling

@@ -37,9 +37,7 @@ def _check_store(store: str) -> str:
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file; the first part of a split model.", show_default=False)]
-Memory = Annotated[
-    str, typer.Option(metavar="SIZE", help="Limit of the whole process: 4G, 512M, 50%, or auto. K, M and G count in 1024s.")
-]
+Memory = Annotated[str, typer.Option(metavar="SIZE", help="Limit of the whole process: 4G, 512M, 50%, or auto. K, M and G count in 1024s.")]
 Ctx = Annotated[int, typer.Option(min=0, metavar="TOKENS", help="Length of the context; 0: what the model was trained with.")]
 Ubatch = Annotated[
     int | None,
@@ -56,9 +54,7 @@ Temp = Annotated[float, typer.Option(min=0, max=100, metavar="T", help="Temperat
 TopK = Annotated[int, typer.Option(min=0, metavar="K", help="Choose among the K most likely tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, metavar="P", help="Choose among the most likely with probability P together.")]
 MinP = Annotated[float, typer.Option(min=0, max=1, metavar="P", help="Leave out what is less likely than P times the best.")]
-Seed = Annotated[
-    int | None, typer.Option(min=0, max=2**32 - 2, metavar="N", help="Of the random numbers; else drawn.", show_default=False)
-]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 2, metavar="N", help="Of the random numbers; else drawn.", show_default=False)]
 StoreOption = Annotated[
     str,
     typer.Option(

@@ -103,8 +103,7 @@ def stats_lines(llama: Llama, generation: Generation | None, load_s: float) -> l
         lines += [
             f"prefill  {new} tokens in {generation.prefill_s:.2f} s, {generation.prefill_tokens_per_s:.1f} tokens/s"
             + (f" ({generation.reused_tokens} reused)" if generation.reused_tokens else ""),
-            f"decode   {generation.completion_tokens} tokens in {generation.decode_s:.2f} s,"
-            f" {generation.decode_tokens_per_s:.1f} tokens/s",
+            f"decode   {generation.completion_tokens} tokens in {generation.decode_s:.2f} s, {generation.decode_tokens_per_s:.1f} tokens/s",
         ]
     plan = llama.spac.plan
     limit = f" of {format_bytes(plan.limit_bytes)}" if plan else ""
@@ -116,6 +115,5 @@ def stats_lines(llama: Llama, generation: Generation | None, load_s: float) -> l
         *lines,
         f"experts  {format_bytes(stats.used_bytes)} of {format_bytes(info.expert_page_bytes)} in memory,"
         f" budget {format_bytes(stats.budget_bytes)} (store: {info.store})",
-        f"paging   {stats.hit_rate:.1%} hits, {format_bytes(stats.bytes_read)} read in {stats.reads} reads,"
-        f" {stats.stall_s:.2f} s stalled",
+        f"paging   {stats.hit_rate:.1%} hits, {format_bytes(stats.bytes_read)} read in {stats.reads} reads, {stats.stall_s:.2f} s stalled",
     ]

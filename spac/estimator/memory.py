@@ -15,6 +15,7 @@ It knows nothing of probabilities beyond counts: see `tokens.py` for what become
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,16 @@ _COUNT_CLASS = np.array([0, 1, 2, 3, 3, *[4] * 4, *[5] * 8, *[6] * 64], np.int64
 SUPPORT_CLASSES = 7 * 7 * 3 * 2
 # the bare token: nothing remembered
 _UNKNOWN = Recall(np.empty(0, np.int64), np.empty(0), 1.0, 0)
+
+
+def mixed(parts: Sequence[tuple[Recall, float]]) -> Recall:
+    """What is remembered of a token that is one of several, each with its share; the first one's support counts."""
+    return Recall(
+        np.concatenate([recall.slots for recall, _ in parts]),
+        np.concatenate([recall.weights * share for recall, share in parts]),
+        sum(recall.rest * share for recall, share in parts),
+        parts[0][0].support,
+    )
 
 
 class RoutingMemory:

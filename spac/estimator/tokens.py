@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spac.errors import OptionError
-from spac.estimator.memory import NO_TOKEN, SUPPORT_CLASSES, Recall, RoutingMemory
+from spac.estimator.memory import NO_TOKEN, SUPPORT_CLASSES, Recall, RoutingMemory, mixed
 
 Floats = NDArray[np.float32]
 
@@ -113,6 +113,28 @@ class TokenEstimator:
     def probabilities(self, tokens: Sequence[int]) -> Floats:
         """Probability of use of each expert by each coming token: float32 [tokens, layers, experts]."""
         return self._forward(self._recalls(tokens))[0].reshape(len(tokens), self.n_layers, self.n_experts)
+
+    def of_candidates(self, coming: Sequence[Sequence[tuple[int, float]]]) -> Floats:
+        """The same where coming tokens are guessed.
+
+        What is remembered of a position's candidates is mixed by their chances, and the mixture is mapped to probabilities as
+        one token's memory would be: that takes one pass for each position, not for each candidate.
+
+        Args:
+            coming: of each coming token the candidates, (token, chance), at least one with a chance above 0, the likeliest
+                first: candidates of later tokens follow it.
+
+        Returns:
+            float32 [tokens, layers, experts]: probability of use, given that one of the candidates comes.
+        """
+        before, previous = self._before, self._previous
+        recalls = []
+        for candidates in coming:
+            total = sum(chance for _, chance in candidates)
+            parts = [(self.memory.recall(token, previous, before, self._request), chance / total) for token, chance in candidates]
+            recalls.append(mixed(parts) if len(parts) > 1 else parts[0][0])
+            before, previous = previous, candidates[0][0]
+        return self._forward(recalls)[0].reshape(len(coming), self.n_layers, self.n_experts)
 
     def learn(self, tokens: ArrayLike, experts: ArrayLike) -> None:
         """Learns from a decoded batch.

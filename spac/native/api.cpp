@@ -123,10 +123,7 @@ int spac_model_info(int id, spac_info * info) {
     info->n_tensors         = (int32_t) model->tensors.size();
     info->n_repacked        = (int32_t) std::count_if(model->tensors.begin(), model->tensors.end(), [](auto & t) { return !!t->repacker; });
     info->store             = model->store->id();
-    info->n_bundles         = 0;
-    for (const auto & group : model->groups) {
-        info->n_bundles += group->n_experts;
-    }
+    info->n_bundles         = model->n_bundles();
     return SPAC_OK;
 }
 
@@ -185,19 +182,21 @@ int spac_model_prefetch(int id, const spac_bundle * bundles, int n) {
     return code != SPAC_OK ? code : guarded([&] { return Library::get().pager.prefetch(*model, bundles, n); });
 }
 
-int spac_model_expect(int id, const float * chances, int n, float read_from) {
+int spac_model_foresee(int id, const float * now, const float * later, const float * rest, int n, float read_from) {
     std::shared_ptr<spac::Model> model;
     if (const int code = with_model(id, model)) {
         return code;
     }
-    int n_bundles = 0;
-    for (const auto & group : model->groups) {
-        n_bundles += group->n_experts;
+    const int n_bundles = model->n_bundles();
+    if (!now || !later || !rest || n != n_bundles) {
+        return fail(SPAC_E_ARGUMENT, "spac_model_foresee: " + std::to_string(n) + " numbers for " + std::to_string(n_bundles) + " bundles");
     }
-    if (!chances || n != n_bundles) {
-        return fail(SPAC_E_ARGUMENT, "spac_model_expect: " + std::to_string(n) + " chances for " + std::to_string(n_bundles) + " bundles");
+    for (int i = 0; i < n; ++i) {
+        if (!(now[i] >= 0 && now[i] <= 1 && later[i] >= 0 && later[i] < 1e6f && rest[i] >= 0 && rest[i] < 1e6f)) {  // NaN, too
+            return fail(SPAC_E_ARGUMENT, "spac_model_foresee: number " + std::to_string(i) + " is no probability or weight");
+        }
     }
-    return guarded([&] { return Library::get().pager.expect(*model, chances, read_from); });
+    return guarded([&] { return Library::get().pager.foresee(*model, { now, later, rest, read_from }); });
 }
 
 int spac_model_evict_all(int id) {

@@ -20,9 +20,6 @@ static constexpr int prefetch_deadline = 3;
 static constexpr int    max_reading_ahead = 2;
 static constexpr size_t piece_bytes       = 1 << 20;
 
-static constexpr int   decoded_tokens  = 8;       // a ubatch of more is a prompt's
-static constexpr float demand_learning = 1 / 8.0f;
-
 //
 // the queue
 //
@@ -40,6 +37,7 @@ void Pager::enqueue(PagedTensor & tensor, int expert, int deadline, double rank,
         return;
     }
     slice.deadline = deadline;
+    slice.guess    = false;
     slice.rank     = rank;
     slice.op       = op;
     slice.state    = State::queued;
@@ -81,7 +79,7 @@ bool Pager::take_job(Job & job) {
             slice.op    = nullptr;
             slice.state = State::reading;
             slice.abandoned = false;
-            count_reading(ahead, 1);
+            ++(ahead ? n_reading_ahead_ : n_reading_);
             count_present(job.tensor->group->bundles[job.expert], 1);
             used_ += bytes;
             job.tensor->model->used_bytes += bytes;
@@ -115,11 +113,11 @@ void Pager::read_and_finish(const Job & job, Lock & lock) {
     model.bytes_read.fetch_add(result.bytes, std::memory_order_relaxed);
     model.rereads.fetch_add(slice.was_read ? 1 : 0, std::memory_order_relaxed);
     slice.was_read = true;
-    count_reading(ahead, -1);
+    --(ahead ? n_reading_ahead_ : n_reading_);
     if (ahead) {
         model.ahead_reads.fetch_add(1, std::memory_order_relaxed);
         model.ahead_bytes.fetch_add(result.bytes, std::memory_order_relaxed);
-        slice.ahead = slice.upcoming == 0;
+        slice.ahead = slice.guess && slice.upcoming == 0;
     }
     if (result.os_error == ECANCELED) {
         model.wasted_bytes.fetch_add(result.bytes, std::memory_order_relaxed);
@@ -134,36 +132,6 @@ void Pager::read_and_finish(const Job & job, Lock & lock) {
         release(tensor, job.expert);
     }
     arrived_.notify_all();
-}
-
-void Pager::count_reading(bool ahead, int change) {
-    if (ahead) {
-        n_reading_ahead_ += change;
-        return;
-    }
-    const auto now = std::chrono::steady_clock::now();
-    if (n_reading_ == 0) {
-        reading_since_ = now;
-    }
-    n_reading_ += change;
-    if (n_reading_ == 0) {
-        reading_time_ += now - reading_since_;
-    }
-}
-
-// At the begin of a ubatch, for the one before it.
-void Pager::measure_demand(const Routing & routing) {
-    const auto now = std::chrono::steady_clock::now();
-    if (n_reading_ > 0) {
-        reading_time_ += now - reading_since_;
-        reading_since_ = now;
-    }
-    if (routing.n_tokens <= decoded_tokens && measured_at_.time_since_epoch().count() > 0) {
-        const float share = std::chrono::duration<float>(reading_time_) / std::chrono::duration<float>(now - measured_at_);
-        demand_share_ = demand_share_ + demand_learning * (std::min(share, 1.0f) - demand_share_);
-    }
-    measured_at_  = routing.n_tokens <= decoded_tokens ? now : std::chrono::steady_clock::time_point{};
-    reading_time_ = {};
 }
 
 // In pieces that end on pages; ECANCELED if it was abandoned meanwhile.
@@ -196,7 +164,7 @@ void Pager::drop_guesses(Group & group, const std::vector<int32_t> & needed) {
         }
         for (int e = 0; e < part->n_experts; ++e) {
             Slice & slice = part->slices[e];
-            if (slice.deadline < prefetch_deadline || (slice.state != State::queued && slice.state != State::reading)) {
+            if (!slice.guess || (slice.state != State::queued && slice.state != State::reading)) {
                 continue;
             }
             const bool right = std::find(needed.begin(), needed.end(), e) != needed.end();
@@ -263,18 +231,25 @@ int Pager::prefetch(Model & model, const spac_bundle * bundles, int n) {
     return (int) (queue_.size() - before);
 }
 
-int Pager::expect(Model & model, const float * chances, float read_from) {
+int Pager::foresee(Model & model, const Foresight & foresight) {
     Lock lock(mutex_);
     const size_t before = queue_.size();
+    size_t at = 0;  // [group][expert]
     for (const auto & group : model.groups) {
-        for (int e = 0; e < group->n_experts; ++e, ++chances) {
-            model.policy->expect(group->index, e, *chances);
+        model.policy->foresee(group->index, foresight.now + at, foresight.later + at, foresight.rest + at);
+        for (int e = 0; e < group->n_experts; ++e) {
+            if (foresight.now[at + e] < foresight.read_from) {
+                continue;
+            }
             for (PagedTensor * part : group->parts) {
-                if (*chances >= read_from && e < part->n_experts) {
-                    enqueue(*part, e, prefetch_deadline + group->index, -(double) *chances, nullptr);
+                Slice & slice = part->slices[e];
+                if (slice.state == State::absent || slice.guess) {
+                    enqueue(*part, e, prefetch_deadline + group->index, -(double) foresight.now[at + e], nullptr);
+                    slice.guess = slice.state == State::queued || slice.state == State::reading;
                 }
             }
         }
+        at += (size_t) group->n_experts;
     }
     notify_work();
     return (int) (queue_.size() - before);

@@ -385,7 +385,6 @@ void Pager::begin_ubatch(Model & model, spac_context & context, const Routing & 
     }
     context.end_token = model.tokens.fetch_add((uint64_t) routing.n_tokens, std::memory_order_relaxed) + (uint64_t) routing.n_tokens;
     model.ubatches.fetch_add(1, std::memory_order_relaxed);
-    measure_demand(routing);
 }
 
 void Pager::count_uses(Group & group, uint64_t end_token, const std::vector<int32_t> & needed, const Routing & routing) {

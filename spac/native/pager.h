@@ -19,11 +19,11 @@
 #include "policy.h"
 #include "window.h"
 
-#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <set>
 #include <string>
 #include <thread>
@@ -73,6 +73,10 @@ struct Model {
     // Two bundles of the largest layer: one in use, one on its way.
     uint64_t floor_bytes() const { return 2 * max_bundle_bytes; }
 
+    int n_bundles() const {
+        return std::accumulate(groups.begin(), groups.end(), 0, [](int n, const auto & group) { return n + group->n_experts; });
+    }
+
     // Sorts tensors into groups and computes the sizes; before the model is added to a pager.
     void arrange();
 };
@@ -86,6 +90,14 @@ struct Routing {
     size_t       expert_stride = 0;
 
     int32_t at(int64_t token, int i) const { return *(const int32_t *) (ids + token * token_stride + i * expert_stride); }
+};
+
+// What somebody else knows of coming tokens: see Policy::foresee(). All [group][expert].
+struct Foresight {
+    const float * now;
+    const float * later;
+    const float * rest;
+    float         read_from;  // what is at least so probable now is read ahead
 };
 
 // One MUL_MAT_ID being computed.
@@ -116,8 +128,6 @@ class Pager {
     uint64_t budget() const { return budget_.load(std::memory_order_relaxed); }
     uint64_t used_bytes() const { return used_.load(std::memory_order_relaxed); }
     uint64_t peak_bytes() const { return peak_.load(std::memory_order_relaxed); }
-    // The part of the time in which a demand was being read, of late, while decoding: 0 to 1; 1 until it was measured.
-    float demand_share() const { return demand_share_.load(std::memory_order_relaxed); }
 
     // -- compute threads --
     // order [n_experts]: permuted, what is resident first. The op belongs to the pager and ends by itself when all threads
@@ -129,7 +139,7 @@ class Pager {
 
     // -- control --
     int  prefetch(Model & model, const spac_bundle * bundles, int n);
-    int  expect(Model & model, const float * chances, float read_from);  // [group][expert]
+    int  foresee(Model & model, const Foresight & foresight);
     int  evict_all(Model & model);
     void wake();  // after a context was stopped
 
@@ -178,8 +188,6 @@ class Pager {
     void enqueue(PagedTensor & tensor, int expert, int deadline, double rank, Op * op);
     void dequeue(PagedTensor & tensor, int expert);
     bool take_job(Job & job);
-    void count_reading(bool ahead, int change);
-    void measure_demand(const Routing & routing);
     ReadResult read_ahead(PagedTensor & tensor, int expert);
     void drop_guesses(Group & group, const std::vector<int32_t> & needed);
     Claim claim(const Job & job) const;
@@ -212,9 +220,6 @@ class Pager {
     std::vector<Op *>                        free_ops_;
     std::vector<std::thread>                 threads_;
     int    n_reading_ = 0, n_reading_ahead_ = 0;  // demands and guesses in flight
-    std::atomic<float>                    demand_share_{ 1 };
-    std::chrono::steady_clock::time_point reading_since_, measured_at_;  // demands in flight; the last decode's begin
-    std::chrono::steady_clock::duration   reading_time_{};               // of demands, since measured_at_
     bool   stopping_ = false;
     int    n_idle_threads_ = 0;
 };

@@ -57,7 +57,11 @@ Policy::Policy(const std::vector<int> & n_experts) : layers_(n_experts.size()), 
         layer.share.assign(n, 0);
         layer.idle_tokens.assign(n, never);
         layer.cell.assign(n, 0);
+        layer.own.assign(n, 0);
         layer.value.assign(n, 0);
+        layer.now.assign(n, 0);
+        layer.later.assign(n, 0);
+        layer.rest.assign(n, 0);
         layer.present.assign(n, 0);
         layer.used.assign(n, 0);
         for (size_t e = 0; e < n; ++e) {
@@ -68,14 +72,22 @@ Policy::Policy(const std::vector<int> & n_experts) : layers_(n_experts.size()), 
 
 void Policy::place(Layer & layer, size_t e) {
     if (layer.idle_tokens[e] == never) {  // nothing is known of it, and it teaches nothing about others
-        layer.cell[e]  = n_cells;
-        layer.value[e] = 0;
+        layer.cell[e] = n_cells;
+        layer.own[e]  = 0;
         return;
     }
     const int cell = age_of(layer.idle_tokens[e]) * n_levels + level(layer.share[e]);
-    layer.cell[e]  = (uint16_t) cell;
+    layer.cell[e] = (uint16_t) cell;
     // within a cell the more frequent one is worth a little more
-    layer.value[e] = cells_[cell].value + layer.share[e] / 1024;
+    layer.own[e]  = cells_[cell].value + layer.share[e] / 1024;
+}
+
+void Policy::appraise(Layer & layer) {
+    for (size_t e = 0; e < layer.value.size(); ++e) {
+        const float after = layer.foreseen > 0 ? layer.later[e] + layer.rest[e] * layer.own[e] : layer.own[e];
+        layer.value[e] = layer.foreseen > 1 ? layer.now[e] + (1 - layer.now[e]) * step_discount * after : after;
+    }
+    layer.least = -1;
 }
 
 void Policy::use(int index, const int32_t * experts, int n_used, bool learn) {
@@ -99,13 +111,28 @@ void Policy::use(int index, const int32_t * experts, int n_used, bool learn) {
             cell.value += ((used ? 1 : 0) + discount * cells_[layer.cell[e]].value - cell.value) / cell.tokens;
         }
     }
-    layer.least = -1;
+}
+
+void Policy::end_turn(int index) {
+    Layer & layer = layers_[index];
+    layer.foreseen = std::max(0, layer.foreseen - 1);
+    appraise(layer);
 }
 
 void Policy::expect(int index, int expert, double chance) {
     Layer & layer = layers_[index];
-    layer.value[expert] = (float) chance + discount * cells_[layer.cell[expert]].value;
+    layer.value[expert] = std::max(layer.value[expert], (float) chance);
     layer.least = -1;
+}
+
+void Policy::foresee(int index, const float * now, const float * later, const float * rest) {
+    Layer & layer = layers_[index];
+    const size_t n = layer.value.size();
+    std::copy(now, now + n, layer.now.begin());
+    std::copy(later, later + n, layer.later.begin());
+    std::copy(rest, rest + n, layer.rest.begin());
+    layer.foreseen = 2;
+    appraise(layer);
 }
 
 void Policy::set_present(int index, int expert, bool present) {

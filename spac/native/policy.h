@@ -40,6 +40,7 @@ class Policy {
     // A token chose these experts in the layer. Numbers that are no expert's are ignored. learn: false for what was used at
     // some time, not by the very next token.
     void use(int layer, const int32_t * experts, int n, bool learn = true);
+    void end_turn(int layer);  // of a ubatch: values are right from here on
     // A ubatch's tokens chose at(token, i) in the layer, i < n_used: experts, all together. Only its last tokens count one by
     // one, what earlier ones used counts as one use before them.
     template <typename F> void use_ubatch(int layer, const std::vector<int32_t> & experts, int64_t n_tokens, int n_used, F && at) {
@@ -54,9 +55,18 @@ class Policy {
             }
             use(layer, chosen.data(), n_used, first == 0 || token > first);
         }
+        end_turn(layer);
     }
-    // Somebody else says how likely the layer's next token is to use it; that holds until that token has come.
+    // Somebody else says that the layer's next token uses it with at least this probability; that holds until that token has come.
     void expect(int layer, int expert, double chance);
+    // Somebody else knows coming tokens. All are for [expert]:
+    //   now    probability that the next ubatch uses it in this layer
+    //   later  the same of the tokens known after it, each as the first use, discounted by their distance, summed
+    //   rest   the weight that the policy's own value has beside them
+    // The value is then now + (1 - now) * step_discount * (later + rest * own), from the layer's next turn on later + rest * own,
+    // and from the one after that the policy's own again.
+    void foresee(int layer, const float * now, const float * later, const float * rest);
+    static constexpr float step_discount = 0.7f;  // of a known use one turn later
     void set_present(int layer, int expert, bool present);
 
     double value(int layer, int expert) const { return layers_[layer].value[expert]; }
@@ -88,7 +98,9 @@ class Policy {
         std::vector<float>    share;          // of tokens that used the expert, decayed
         std::vector<uint32_t> idle_tokens;    // since the last use
         std::vector<uint16_t> cell;
-        std::vector<float>    value;
+        std::vector<float>    own, value;     // own: without what others foresee
+        std::vector<float>    now, later, rest;
+        int                   foreseen = 0;   // 2: the next token and later ones, 1: later ones
         std::vector<uint8_t>  present, used;  // used: scratch of use()
         float                 least = 0;      // smallest value of those present; negative: not known
     };
@@ -102,6 +114,7 @@ class Policy {
     }
     static float least_present(Layer & layer);
     void         place(Layer & layer, size_t expert);  // into its cell
+    static void  appraise(Layer & layer);              // all of its values
 
     std::vector<Layer> layers_;
     std::vector<Cell>  cells_;

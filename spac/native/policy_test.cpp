@@ -12,6 +12,7 @@ static constexpr auto anything = [](int, int) { return true; };
 static void use(Policy & policy, int layer, std::vector<int32_t> experts) {
     policy.begin(layer);
     policy.use(layer, experts.data(), (int) experts.size());
+    policy.end_turn(layer);
 }
 
 TEST_CASE("a bundle that was never used is worth less than one that was") {
@@ -76,18 +77,47 @@ TEST_CASE("values approach what bundles are really used, whatever the first gues
     CHECK(policy.value(0, 1) == doctest::Approx(0.25 / (1 - 0.25 * 0.25)).epsilon(0.02));
 }
 
-TEST_CASE("a forecast replaces the chance that the next token uses a bundle, until that token has come") {
+TEST_CASE("a forecast counts until the layer's next token, and only upwards") {
     Policy policy({ 4 });
     use(policy, 0, { 1 });
     const double before = policy.value(0, 1);
     policy.expect(0, 2, 0.75);
     policy.expect(0, 1, 0);
     CHECK(policy.value(0, 2) == doctest::Approx(0.75));
-    CHECK(policy.value(0, 1) < before);
-    CHECK(policy.value(0, 1) > 0);  // it may be used by later tokens
+    CHECK(policy.value(0, 1) == before);
     use(policy, 0, { 1 });
     CHECK(policy.value(0, 2) < 0.75);
-    CHECK(policy.value(0, 1) >= before);
+}
+
+TEST_CASE("what is foreseen counts for two turns, then the policy's own value again") {
+    Policy policy({ 3 }), plain({ 3 });
+    for (Policy * p : { &policy, &plain }) {
+        use(*p, 0, { 0 });
+        use(*p, 0, { 1 });
+    }
+    const float now[] = { 1, 0, 0.5f }, later[] = { 0.2f, 0.6f, 0.1f }, rest[] = { 0, 0.5f, 1 };
+    policy.foresee(0, now, later, rest);
+    const double step = Policy::step_discount;
+    CHECK(policy.value(0, 0) == doctest::Approx(1));
+    CHECK(policy.value(0, 1) == doctest::Approx(step * (0.6 + 0.5 * plain.value(0, 1))));
+    CHECK(policy.value(0, 2) == doctest::Approx(0.5 + 0.5 * step * 0.1));  // never used: no value of its own
+    use(policy, 0, { 0 });
+    use(plain, 0, { 0 });
+    CHECK(policy.value(0, 0) == doctest::Approx(0.2));
+    CHECK(policy.value(0, 1) == doctest::Approx(0.6 + 0.5 * plain.value(0, 1)));
+    use(policy, 0, { 2 });
+    use(plain, 0, { 2 });
+    for (int e = 0; e < 3; ++e) {
+        CHECK(policy.value(0, e) == plain.value(0, e));
+    }
+}
+
+TEST_CASE("a ubatch of several tokens is one turn") {
+    Policy policy({ 2 });
+    const float now[] = { 0, 0 }, later[] = { 0.25f, 0.75f }, rest[] = { 0, 0 };
+    policy.foresee(0, now, later, rest);
+    policy.use_ubatch(0, { 0, 1 }, 2, 1, [](int64_t token, int) { return (int32_t) token; });
+    CHECK(policy.value(0, 1) == doctest::Approx(0.75));
 }
 
 TEST_CASE("numbers that are no expert's are ignored") {
@@ -115,6 +145,7 @@ TEST_CASE("a long ubatch counts as its last tokens, what earlier ones used as on
     for (int t = n - Policy::ubatch_tokens; t < n; ++t) {
         other.use(0, &ids[t], 1, t > n - Policy::ubatch_tokens);
     }
+    other.end_turn(0);
     for (int e = 0; e < 64; ++e) {
         CHECK(policy.value(0, e) == other.value(0, e));
     }

@@ -46,6 +46,9 @@ class DefaultOrder : public Order {
         : s_(s), bundles_(bundles), policy_(std::vector<int>((size_t) bundles.n_layers, bundles.n_experts)) {}
 
     void begin(const Visit & visit) override {
+        if (s_.foresight && visit.layer == 0) {
+            foresee(s_.foresight + visit.first_token * 3 * (uint64_t) bundles_.size());
+        }
         policy_.begin(visit.layer);
         policy_.use_ubatch(visit.layer, visit.experts, (int64_t) visit.n_tokens, s_.n_used, [&](int64_t token, int i) {
             return s_.ids[((visit.first_token + (uint64_t) token) * (uint64_t) s_.n_layers + (uint64_t) visit.layer) * (uint64_t) s_.n_used + (uint64_t) i];
@@ -62,6 +65,16 @@ class DefaultOrder : public Order {
     }
 
   private:
+    void foresee(const float * of_token) {
+        if (of_token[0] < 0) {
+            return;
+        }
+        for (int layer = 0; layer < bundles_.n_layers; ++layer) {
+            const float * of_layer = of_token + bundles_.at(layer, 0);
+            policy_.foresee(layer, of_layer, of_layer + bundles_.size(), of_layer + 2 * bundles_.size());
+        }
+    }
+
     const spac_simulation & s_;
     Bundles                 bundles_;
     Policy                  policy_;

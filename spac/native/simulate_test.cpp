@@ -171,7 +171,7 @@ TEST_CASE("arguments that make no sense are refused") {
     CHECK(spac_simulate(nullptr) == SPAC_E_ARGUMENT);
     const uint16_t id = 0;
     const uint64_t bytes = 1;
-    s = { sizeof s, &id, nullptr, &bytes, 1, 1, 1, 8, 1, SPAC_POLICY_MIN + 1, 0, 0, nullptr, nullptr, 0, 0, 0, 0 };
+    s = { sizeof s, &id, nullptr, &bytes, nullptr, 1, 1, 1, 8, 1, SPAC_POLICY_MIN + 1, 0, 0, nullptr, nullptr, 0, 0, 0, 0 };
     CHECK(spac_simulate(&s) == SPAC_E_ARGUMENT);
     s.policy = SPAC_POLICY_MIN;
     CHECK(spac_simulate(&s) == SPAC_OK);

@@ -28,7 +28,8 @@ struct Slice {
     // the rest is guarded by the pager's mutex
     int32_t  upcoming = 0;              // ops that will still use it; evicted only for the slice that an op needs next
     bool     was_read = false;
-    bool     ahead    = false;          // read because of a guess, and not used since
+    bool     guess    = false;          // queued or being read because somebody foresees it
+    bool     ahead    = false;          // was read because of a guess, and not used since
     std::atomic<bool> abandoned{ false };  // the guess was wrong: whoever reads it may stop
     int32_t  os_error = 0;              // why state is failed
     // the place in the queue while state is queued

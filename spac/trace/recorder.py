@@ -146,4 +146,3 @@ class Recorder:
                 "dense_bytes": self._facts.dense_bytes,
             },
         )
-

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spac import control
 from spac.errors import OptionError
@@ -49,23 +50,30 @@ class Replay:
         return self.hits / self.requests if self.requests else 0.0
 
 
-def replay(trace: Trace, n_bundles: int, policy: str = "default", quota: str = "auto") -> Replay:
+def replay(
+    trace: Trace, n_bundles: int, policy: str = "default", quota: str = "auto", foresight: NDArray[np.float32] | None = None
+) -> Replay:
     """Replay a trace from an empty cache with room for `n_bundles`; bundles are fetched on demand.
 
     Args:
         quota: "auto": one cache for all layers for "default", as the pager has it, and one for each layer for the others,
             as the literature has it.
+        foresight: float32 [tokens, 3, layers, experts], for "default": what the engine would say before each token is decoded
+            (`spac.estimator.foresight`); a negative first number: nothing.
 
     Raises:
-        OptionError: no such policy or quota, or no room.
+        OptionError: no such policy or quota, no room, or foresight of another shape.
     """
     if policy not in POLICIES:
         raise OptionError(f"policy {policy!r} does not exist: use {', '.join(POLICIES)}")
     if quota not in QUOTAS:
         raise OptionError(f"quota {quota!r} does not exist: use {', '.join(QUOTAS)}")
+    if foresight is not None and foresight.shape != (trace.n_tokens, 3, trace.n_layers, trace.n_experts):
+        raise OptionError(f"foresight has the shape {foresight.shape}; expected [tokens, 3, layers, experts]")
     by_layer = quota == "layer" or (quota == "auto" and policy != "default")
     ids, ubatch = np.ascontiguousarray(trace.ids, np.uint16), np.ascontiguousarray(trace.ubatch, np.int32)
     bundle_bytes = np.array(trace.bundle_bytes or [0] * trace.n_layers, np.uint64)
+    foresight = None if foresight is None else np.ascontiguousarray(foresight, np.float32)
     n_ubatches = len(np.unique(ubatch))
     uses, missed = np.zeros((2, n_ubatches, trace.n_layers), np.uint16)
     raw = control.Simulation(
@@ -73,6 +81,7 @@ def replay(trace: Trace, n_bundles: int, policy: str = "default", quota: str = "
         ids=ids.ctypes.data,
         ubatch=ubatch.ctypes.data,
         bundle_bytes=bundle_bytes.ctypes.data,
+        foresight=None if foresight is None else foresight.ctypes.data,
         n_tokens=trace.n_tokens,
         n_bundles=max(0, n_bundles),
         n_layers=trace.n_layers,

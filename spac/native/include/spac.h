@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define SPAC_ABI_VERSION 2
+#define SPAC_ABI_VERSION 3
 #define SPAC_EVENT_MAX_EXPERTS 32  // a token's experts beyond this many are counted, but not named in its event
 
 enum {
@@ -175,6 +175,8 @@ typedef struct spac_simulation {
     const uint16_t * ids;           // [n_tokens][n_layers][n_used]: experts; numbers from n_experts on are ignored
     const int32_t *  ubatch;        // [n_tokens]: neighbours with the same number are computed together. NULL: each token alone
     const uint64_t * bundle_bytes;  // [n_layers]
+    const float *    foresight;     // [n_tokens][3][n_layers][n_experts]: before each ubatch, of its first token, what
+                                    // spac_model_foresee() takes; a negative first number: nothing. SPAC_POLICY_DEFAULT only. Or NULL
     uint64_t         n_tokens;
     uint64_t         n_bundles;     // that there is room for, in all layers together
     int32_t          n_layers;
@@ -212,10 +214,13 @@ SPAC_API int spac_model_stats_by_layer(int model, int32_t * layers, uint64_t * h
 // copies events from sequence number `from` on; returns how many; older ones than the ring holds are left out
 SPAC_API int spac_model_events(int model, uint64_t from, spac_event * events, int n);
 SPAC_API int spac_model_prefetch(int model, const spac_bundle * bundles, int n);  // returns how many reads were queued
-// chances [n]: for each layer with experts, in the order of computing, and each of its experts: how likely the token that comes
-// next there uses it. Steers what is evicted until that token has come. Absent experts with at least the chance read_from are read
-// ahead while no demand is being read; returns how many reads were queued
-SPAC_API int spac_model_expect(int model, const float * chances, int n, float read_from);
+// What is known of coming tokens, each [n]: for each layer with experts, in the order of computing, and each of its experts.
+//   now    probability that the next ubatch uses it there
+//   later  the same of the tokens known after that, each as the first use, times 0.7 for each token after the first of them, summed
+//   rest   how much what the pager itself makes of the bundle's past counts beside them
+// Steers what is evicted, for two ubatches or until the next call. Absent experts with now >= read_from are read ahead, while no
+// demand is being read, into what is worth less. Returns how many reads were queued
+SPAC_API int spac_model_foresee(int model, const float * now, const float * later, const float * rest, int n, float read_from);
 SPAC_API int spac_model_evict_all(int model);                                     // for measuring cold; returns slices dropped
 SPAC_API int spac_mock_fail_reads(int model, int after, int count, int os_error); // SPAC_STORE_MOCK only
 
