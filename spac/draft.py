@@ -36,6 +36,11 @@ class Proposal:
     tokens: list[int]
     chances: list[float]
 
+    def known_to(self, n_vocab: int) -> Proposal:
+        """Up to the first token that a vocabulary of this size does not have: that of the draft may be larger."""
+        n = next((i for i, token in enumerate(self.tokens) if not 0 <= token < n_vocab), len(self.tokens))
+        return self if n == len(self.tokens) else Proposal(self.tokens[:n], self.chances[:n])
+
 
 class Draft(LlamaDraftModel, abc.ABC):
     """A source of proposals. It is also a `LlamaDraftModel`, for `llama_cpp.Llama(draft_model=...)`.
