@@ -7,9 +7,10 @@ which experts will be wanted. A proposal is made for what comes after a sequence
 from __future__ import annotations
 
 import abc
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import llama_cpp
@@ -19,7 +20,11 @@ import numpy.typing as npt
 from llama_cpp.llama_speculative import LlamaDraftModel
 
 from spac.errors import OptionError
+from spac.llama import Llama
+from spac.plan import Plan
 
+# tokens: a long prompt is evaluated in more steps, but buffers that would be idle afterwards stay small
+DRAFT_UBATCH: Final = 128
 # vocabularies of a family differ in padding at the end and in control tokens at the beginning: upstream's common/speculative.cpp
 MAX_SIZE_DIFFERENCE: Final = 128
 FIRST_COMPARED_TOKEN: Final = 5
@@ -137,6 +142,24 @@ class ModelDraft(Draft):
 
     def close(self) -> None:
         self.llama.close()
+
+
+class DraftLlama(Llama):
+    """A `spac.Llama` that leaves to the target what it can: load it first, with the same `memory`, which bounds both.
+
+    Its weights are read past the page cache even where all fits, compute buffers are small, and there are logits for the
+    last token only. Experts, if it has any, share the budget with the target's: load both with paging="on" then.
+    """
+
+    def __init__(self, model_path: str | os.PathLike[str], **kwargs: Any) -> None:
+        super().__init__(model_path, **{"n_ubatch": DRAFT_UBATCH, **kwargs})
+
+    def _make_plan(self, path: str, params: Any) -> Plan:
+        return replace(super()._make_plan(path, params), direct_io=True)
+
+    def _adjust_context(self, context_params: Any) -> None:
+        super()._adjust_context(context_params)
+        context_params.n_outputs_max = 1
 
 
 class NgramDraft(Draft):
