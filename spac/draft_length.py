@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -53,21 +54,20 @@ class DraftLength:
     MARGIN: Final = 0.05  # tokens in each cycle that a change of the number to draft must promise
     TRY_EVERY: Final = 32  # cycles
     REST: Final = (16, 256)  # cycles between tries where drafting does not pay: at first, at most
-    LONGEST: Final = 4.0  # times the mean: what is more was a pause of the machine
     GUESSED_SLOPE: Final = 0.25  # time of one more token in a decode, as part of the decode's, before two widths were measured
 
     def __init__(self) -> None:
-        self.wanted = 2
-        self._settled = 2  # `wanted`, tries left out
+        self.wanted = 1
+        self._settled = 1  # `wanted`, tries left out
         self._try: int | None = 0  # how many to verify next, whatever they promise
-        self._first_tries = [2, 0, 2, 0, 2]
+        self._first_tries = [1, 0, 1]
         self._since_try = 0
         self._rest = self.REST[0]
         self._alternate = itertools.cycle((1, 0))
         self._worth = [_Mean() for _ in range(self.MOST + 1)]  # of a proposal by length, its drafting not yet paid for
-        self._draft_s = _Mean(self.LONGEST)  # for each token
-        self._decode_s: dict[int, _Mean] = {}  # by number verified
-        self._tokens, self._seconds = _Mean(), _Mean(self.LONGEST)  # of a cycle
+        self._draft_s = _Usual()  # for each token
+        self._decode_s: dict[int, _Usual] = {}  # by number verified
+        self._tokens, self._seconds = _Mean(), _Usual()  # of a cycle
         self._now: tuple[list[float], float] = ([0.0], 0.0)  # this cycle's sums of chances, and seconds of drafting
 
     def choose(self, chances: Sequence[float], asked: int, draft_s: float) -> int:
@@ -91,7 +91,7 @@ class DraftLength:
 
     def measured(self, n_verified: int, decode_s: float) -> None:
         sums, draft_s = self._now
-        self._decode_s.setdefault(n_verified, _Mean(self.LONGEST)).add(decode_s)
+        self._decode_s.setdefault(n_verified, _Usual()).add(decode_s)
         self._tokens.add(1 + sums[min(n_verified, len(sums) - 1)])
         self._seconds.add(decode_s + draft_s)
 
@@ -145,28 +145,35 @@ class DraftLength:
         self._since_try = 0
         if self._settled == 0:
             self._rest = min(2 * self._rest, self.REST[1])
-            return 2
+            return 1
         self._rest = self.REST[0]
         return min(self._settled + 1, self.MOST) if next(self._alternate) else 0
 
 
 class _Mean:
-    """A mean in which old values fade.
-
-    Args:
-        most: a value counts as at most so many times the mean: for times, which are long where the machine paused.
-    """
+    """A mean in which old values fade."""
 
     WEIGHT: Final = 0.1  # of a new value, once there are enough
-    TRUSTED: Final = 2  # values before any is cut
 
-    def __init__(self, most: float | None = None) -> None:
+    def __init__(self) -> None:
         self.value = 0.0
         self._n = 0
-        self._most = most
 
     def add(self, value: float) -> None:
-        if self._most is not None and self._n >= self.TRUSTED:
-            value = min(value, self._most * self.value)
         self._n += 1
         self.value += max(self.WEIGHT, 1 / self._n) * (value - self.value)
+
+
+class _Usual:
+    """The mean of the middle half of the last values: for times, since now and then the machine pauses."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._last: deque[float] = deque(maxlen=16)
+
+    def add(self, value: float) -> None:
+        self._last.append(value)
+        ordered = sorted(self._last)
+        n = len(ordered)
+        middle = ordered[n // 4 : n - n // 4] if n > 2 else ordered[:1]
+        self.value = sum(middle) / len(middle)

@@ -392,6 +392,7 @@ class Llama(llama_cpp.Llama):
 def _leave() -> None:
     """At exit: stop what decodes, and let nothing begin. Nothing is freed: other threads may be anywhere, and the system frees."""
     seam.leave()
+    _governor.leave()
     for llama in list(_live):
         llama.spac.cancel()
     for llama in list(_live):

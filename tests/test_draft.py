@@ -220,7 +220,9 @@ def test_the_draft_length_follows_a_change() -> None:
 
 
 def test_one_pause_of_the_machine_changes_nothing() -> None:
+    """Not even in the first decode of a width."""
     length, times = DraftLength(), [1 + 0.05 * k for k in range(9)]
+    length.measured(5, 1000.0)
     before = simulate(length, 0.9, times, 0.02)[-1]
     length.choose([0.9], 1, 0.02)
     length.measured(1, 1000.0)
