@@ -1,6 +1,6 @@
 """The token loop: prompt tokens in, text and timings out.
 
-Runs over `spac.Llama.eval` (llama_decode) and llama.cpp's samplers. Knows nothing of terminals, chats or memory.
+Runs over `spac.speculative`, which evaluates, and llama.cpp's samplers. Knows nothing of terminals, chats or memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import llama_cpp.llama_cpp as upstream
 
 from spac.errors import DecodeError, OptionError
 from spac.llama import Llama
+from spac.speculative import DraftStats, Speculation
 
 RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp draws one
 
@@ -59,6 +60,7 @@ class Generation:
         prompt_tokens: all; `reused_tokens` of them were in the context already and were not evaluated.
         finish: why it ended: "stop" (the model's end token), "length" (max_tokens), "context" (it is full), or "" (it was
             stopped from outside).
+        draft: what became of drafted tokens; None without a draft.
     """
 
     prompt_tokens: int
@@ -68,6 +70,7 @@ class Generation:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     finish: Literal["", "stop", "length", "context"] = ""
+    draft: DraftStats | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -100,29 +103,42 @@ def token_bytes(llama: Llama, token: int) -> bytes:
         size = -n
 
 
-def generate(llama: Llama, prompt: Sequence[int], sampling: Sampling, max_tokens: int | None = None) -> tuple[Generation, Iterator[str]]:
+def generate(
+    llama: Llama,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    max_tokens: int | None = None,
+    speculation: Speculation | None = None,
+) -> tuple[Generation, Iterator[str]]:
     """Continue a prompt.
 
     Args:
         prompt: token ids. What it has in common with what is in the context is not evaluated again.
         max_tokens: at most so many; None: until the model ends or the context is full.
+        speculation: drafts tokens to verify several in one decode; the same one for all answers of a model.
 
     Returns:
         The result, and an iterator of pieces of text that fills it. The pieces are whole characters.
 
     Raises (from the iterator):
         DecodeError: the prompt is empty or longer than the context.
+        OptionError: the draft cannot serve this model.
         ExpertReadError, ModelChangedError, Cancelled: as `spac.Llama.eval`; the result holds what came before.
     """
     result = Generation(prompt_tokens=len(prompt))
-    return result, _stream(llama, list(prompt), sampling, max_tokens, result)
+    return result, _stream(llama, list(prompt), sampling, max_tokens, speculation or Speculation(), result)
 
 
-def _stream(llama: Llama, prompt: list[int], sampling: Sampling, max_tokens: int | None, result: Generation) -> Iterator[str]:
+def _stream(
+    llama: Llama, prompt: list[int], sampling: Sampling, max_tokens: int | None, speculation: Speculation, result: Generation
+) -> Iterator[str]:
     if not prompt:
         raise DecodeError("the prompt is empty")
     if len(prompt) >= llama.n_ctx():
-        raise DecodeError(f"the prompt has {len(prompt)} tokens, the context {llama.n_ctx()}, and an answer needs room too; raise --ctx")
+        raise DecodeError(
+            f"the prompt has {len(prompt)} tokens, the context {llama.n_ctx()}, and an answer needs room too; raise --ctx"
+        )
+    speculation.check(llama)
     begin = time.perf_counter()
     result.reused_tokens = reuse_prefix(llama, prompt)
     try:
@@ -131,10 +147,13 @@ def _stream(llama: Llama, prompt: list[int], sampling: Sampling, max_tokens: int
         result.prefill_s = time.perf_counter() - begin
     begin = time.perf_counter()
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    with contextlib.closing(_make_sampler(sampling)) as sampler:
+    with (
+        contextlib.closing(_make_sampler(sampling)) as sampler,
+        contextlib.closing(speculation.tokens(llama, prompt, sampler, max_tokens)) as tokens,
+    ):
         try:
-            while True:
-                token = sampler.sample(llama._ctx, -1)
+            for token in tokens:
+                result.draft = speculation.stats if speculation.draft is not None else None
                 if upstream.llama_vocab_is_eog(llama._model.vocab, token):
                     result.finish = "stop"
                     break
@@ -149,7 +168,6 @@ def _stream(llama: Llama, prompt: list[int], sampling: Sampling, max_tokens: int
                 if llama.n_tokens >= llama.n_ctx():
                     result.finish = "context"
                     break
-                llama.eval([token])
         finally:
             result.decode_s = time.perf_counter() - begin
     rest = decoder.decode(b"", final=True)

@@ -43,6 +43,7 @@ class Governor:
         self._next = 1
         self.budget_bytes = 0
         self._cap_bytes: int | None = None
+        self._leaving = False
 
     @property
     def limit_bytes(self) -> int:
@@ -135,11 +136,17 @@ class Governor:
     def release(self, member: int) -> None:
         """A model is gone, or did not come about: the others may take its room."""
         with self._lock:
+            if self._leaving:
+                return
             self._members.pop(member, None)
             if self._members:
                 self._apply(max(self._left(), self._floor()))
             else:
                 self.budget_bytes, self._cap_bytes = 0, None
+
+    def leave(self) -> None:
+        """The process ends: what measures memory may be gone when models are, and no budget matters any more."""
+        self._leaving = True
 
     def _left(self) -> int:
         left = self.limit_bytes - self.rest_bytes() - reserve_bytes(self.limit_bytes)

@@ -8,7 +8,7 @@ import ctypes
 import functools
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import llama_cpp
@@ -248,7 +248,7 @@ class Llama(llama_cpp.Llama):
         return model
 
     def _make_context(self, *, model: seam.Model, params: Any, verbose: bool) -> seam.Context:
-        self._set_flash_attention(params)
+        self._adjust_context(params)
         member = self._member
         context = seam.Context(
             model=model,
@@ -261,7 +261,8 @@ class Llama(llama_cpp.Llama):
         self.spac._context = context
         return context
 
-    def _set_flash_attention(self, context_params: Any) -> None:
+    def _adjust_context(self, context_params: Any) -> None:
+        """Set what llama_cpp.Llama cannot be asked for."""
         if self._flash_attn is None:
             context_params.flash_attn_type = upstream.LLAMA_FLASH_ATTN_TYPE_AUTO
 
@@ -269,7 +270,7 @@ class Llama(llama_cpp.Llama):
 
     def _make_plan(self, path: str, params: Any) -> Plan:
         facts = self.spac.facts
-        base = memory.resident_bytes() - _used_bytes()
+        base = _governor.rest_bytes()
         sizes = self._measure(path, params)
         smaller = paged_ubatch(self.context_params.n_ubatch, self._limit_bytes, base, sizes)
         if self._automatic_ubatch and smaller < self.context_params.n_ubatch and self._spac_arguments["paging"] != "off":
@@ -297,7 +298,7 @@ class Llama(llama_cpp.Llama):
         if facts.expert_bytes:
             model_params.tensor_buft_overrides = ctypes.addressof(overrides)
         context_params = type(self.context_params).from_buffer_copy(self.context_params)
-        self._set_flash_attention(context_params)
+        self._adjust_context(context_params)
         if context_params.embeddings:  # as llama_cpp.Llama sets it later
             context_params.n_seq_max = min(self.n_batch, upstream.llama_max_parallel_sequences())
             context_params.kv_unified = True
@@ -349,23 +350,47 @@ class Llama(llama_cpp.Llama):
             ExpertReadError, ModelChangedError, Cancelled, DecodeError: what was evaluated before this call is still valid,
                 and may be continued; recurrent and hybrid models begin with an empty context.
         """
+        with self._evaluating(len(tokens)):
+            super().eval(tokens)
+
+    def eval_all(self, tokens: Sequence[int]) -> None:
+        """As `eval`, in one batch and with logits for every token: the context's `get_logits_ith(i)` is the i-th one's.
+
+        Raises:
+            DecodeError: also if there are more than n_batch tokens.
+        """
+        if len(tokens) > self.n_batch:
+            raise DecodeError(f"{len(tokens)} tokens do not fit into one batch of {self.n_batch}; raise n_batch")
+        with self._evaluating(len(tokens)):
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+            self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=True)
+            self._ctx.decode(self._batch)
+            self.input_ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
+            self.n_tokens += len(tokens)
+            self._requires_eval = False
+
+    @contextlib.contextmanager
+    def _evaluating(self, n_new: int) -> Iterator[None]:
+        """Check that so many tokens fit; if evaluating them fails, leave things as they were."""
         context: Any = self._ctx
         with context.busy:
             before = self.n_tokens
-            if before + len(tokens) > self._n_ctx:
-                raise DecodeError(f"{before + len(tokens)} tokens do not fit into the context of {self._n_ctx}; raise n_ctx (--ctx)")
+            if before + n_new > self._n_ctx:
+                raise DecodeError(f"{before + n_new} tokens do not fit into the context of {self._n_ctx}; raise n_ctx (--ctx)")
             try:
-                super().eval(tokens)
+                yield
             except SpacError:
-                self._forget_after(before)
+                self.forget_after(before)
                 raise
 
-    def _forget_after(self, n_tokens: int) -> None:
-        if self._is_recurrent or self._is_hybrid or not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
+    def forget_after(self, n_tokens: int) -> bool:
+        """Keep only the first n_tokens of the context. False: the model cannot take tokens back, and the context is empty now."""
+        kept = not (self._is_recurrent or self._is_hybrid) and self._ctx.kv_cache_seq_rm(-1, n_tokens, -1)
+        if not kept:
             self._ctx.kv_cache_clear()  # type: ignore[no-untyped-call]
-            n_tokens = 0
-        self.n_tokens = n_tokens
+        self.n_tokens = n_tokens if kept else 0
         self._requires_eval = True
+        return kept
 
     def close(self) -> None:
         """Free the context and the model; other models may take their room. May be called again."""
@@ -381,6 +406,7 @@ class Llama(llama_cpp.Llama):
 def _leave() -> None:
     """At exit: stop what decodes, and let nothing begin. Nothing is freed: other threads may be anywhere, and the system frees."""
     seam.leave()
+    _governor.leave()
     for llama in list(_live):
         llama.spac.cancel()
     for llama in list(_live):

@@ -18,6 +18,7 @@ import pytest
 import spac
 from spac import limits
 from spac.inflate import inflate
+from tests.conftest import MODELS
 
 MIB = 1 << 20
 
@@ -31,7 +32,11 @@ def big_model(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     path.unlink()
 
 
-@pytest.mark.parametrize(("memory_mib", "options"), [(150, []), (300, []), (450, []), (300, ["--ubatch", "512"])])
+@pytest.mark.parametrize(
+    ("memory_mib", "options"),
+    [(150, []), (300, []), (450, []), (300, ["--ubatch", "512"]), (150, ["--draft", str(MODELS / "spac-demo-draft.gguf"), "--draft-max", "4"]),
+     (200, ["--draft", str(MODELS / "spac-demo-moe.gguf"), "--draft-max", "4"])],
+)  # fmt: skip
 def test_peak_in_a_control_group(big_model: Path, memory_mib: int, options: list[str]) -> None:
     """In a group limited to twice --memory, its peak, page cache included, stays within --memory."""
     reason = limits.unavailable()

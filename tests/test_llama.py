@@ -404,6 +404,17 @@ while llama.spac.stats().reads < int(sys.argv[2]): pass
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_leaving_with_several_models_open(model_path: Path, dense_path: Path) -> None:
+    code = """
+import sys, spac
+models = [spac.Llama(path, memory="4G", n_ctx=256, verbose=False) for path in sys.argv[1:]]
+for model in models:
+    model.myself = model  # freed last of all
+"""
+    result = run_python(code, model_path, dense_path)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_importing_llama_cpp_first_is_refused(tmp_path: Path) -> None:
     """With other libraries already loaded, one clear error."""
     code = """

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spac.cli.conversation import Conversation
     from spac.generate import Generation, Sampling
     from spac.llama import Llama
+    from spac.speculative import Speculation
 
 HELP = """\
 /bye            leave (also Ctrl-D)
@@ -45,17 +46,20 @@ def chat(
     store: opt.StoreOption = "auto",
     paging: opt.PagingOption = opt.Paging.auto,
     repack: opt.Repack = True,
+    draft: opt.Draft = "auto",
+    draft_max: opt.DraftMax = "auto",
     stats: opt.Stats = False,
     debug: opt.Debug = False,
 ) -> int:
     """Chat with a model. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves."""
-    llama, load_s = opt.load(opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug))
+    options = opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug)
+    llama, speculation, load_s = opt.load_with_draft(options, draft, draft_max)
     from spac.cli.conversation import Conversation
     from spac.generate import Sampling
 
-    with contextlib.closing(llama):
+    with contextlib.closing(speculation), contextlib.closing(llama):
         sampling = Sampling(temp, top_k, top_p, min_p, seed)
-        session = Session(llama, Conversation(llama, system), sampling, max_tokens, load_s)
+        session = Session(llama, Conversation(llama, system), sampling, max_tokens, load_s, speculation)
         while session.step():
             pass
         if stats:
@@ -66,12 +70,21 @@ def chat(
 class Session:
     """One chat: reads lines, obeys commands, streams answers."""
 
-    def __init__(self, llama: Llama, conversation: Conversation, sampling: Sampling, max_tokens: int | None, load_s: float) -> None:
+    def __init__(
+        self,
+        llama: Llama,
+        conversation: Conversation,
+        sampling: Sampling,
+        max_tokens: int | None,
+        load_s: float,
+        speculation: Speculation,
+    ) -> None:
         self.llama = llama
         self.conversation = conversation
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.load_s = load_s
+        self.speculation = speculation
         self.last: Generation | None = None
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         if self.interactive:
@@ -137,9 +150,10 @@ class Session:
         if dropped:
             note(f"(the context is full: forgot the oldest {'turn' if dropped == 1 else f'{dropped} turns'})")
         self.llama.spac.forget_cancel()
-        self.last, pieces = generate(self.llama, tokens, self.sampling, self.max_tokens)
+        self.speculation.forget_cancel()
+        self.last, pieces = generate(self.llama, tokens, self.sampling, self.max_tokens, self.speculation)
         interrupted = False
-        with terminal.Interrupts(on_hit=self.llama.spac.cancel) as interrupts:
+        with terminal.Interrupts(self.llama.spac.cancel, self.speculation.cancel) as interrupts:
             try:
                 for piece in pieces:
                     print(piece, end="", flush=True)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from spac.cli import terminal
-from spac.errors import Cancelled
-from spac.memory import MIB, check_address_space
+from spac.errors import BudgetError, Cancelled
+from spac.memory import MIB, check_address_space, format_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from spac.llama import Llama
+    from spac.speculative import Speculation
 
 
 # address space that Python's and our libraries take
 IMPORT_BYTES = 320 * MIB
+MOST_VERIFIED = 64  # as in spac.speculative, which is not imported for --help
 
 
 class Paging(StrEnum):
@@ -34,6 +38,20 @@ def _check_store(store: str) -> str:
     if store not in STORES:
         raise typer.BadParameter(f"store {store!r} does not exist: use {', '.join(STORES[:-1])}")
     return store
+
+
+def parse_draft_max(text: str) -> int | Literal["auto"]:
+    """What --draft-max means."""
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdigit() or int(text) > MOST_VERIFIED:
+        raise typer.BadParameter(f"draft-max is {text!r}, expected 0 to {MOST_VERIFIED}, or auto")
+    return int(text)
+
+
+def _check_draft_max(text: str) -> str:
+    parse_draft_max(text)
+    return text
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file; the first part of a split model.", show_default=False)]
@@ -66,6 +84,19 @@ StoreOption = Annotated[
 PagingOption = Annotated[Paging, typer.Option(help="Page experts: if the model does not fit, always, or never (no limit then).")]
 Repack = Annotated[
     bool, typer.Option("--repack/--no-repack", help="Rearrange weights for the CPU's faster kernels, as llama.cpp does by default.")
+]
+Draft = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL|ngram|off|auto",
+        help="What guesses tokens ahead: a small GGUF of the same vocabulary, or the text so far; auto: off, for now.",
+    ),
+]
+DraftMax = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto", callback=_check_draft_max, help="Verify at most so many guessed tokens at a time; auto: what pays, 0: none."
+    ),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Show timings and what paging did, on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show llama.cpp's log, and tracebacks.")]
@@ -102,30 +133,90 @@ def load(options: LoadOptions) -> tuple[Llama, float]:
     begin = time.perf_counter()
     from spac.llama import Llama
 
-    with terminal.Interrupts() as interrupts, terminal.LoadingBar(options.model) as bar:
+    llama = _show_loading(options.model, lambda on_progress: Llama(**_arguments(options), on_progress=on_progress))
+    return llama, time.perf_counter() - begin
+
+
+def load_with_draft(options: LoadOptions, draft: str, draft_max: str) -> tuple[Llama, Speculation, float]:
+    """Load a model and its draft into one memory limit; returns them and the seconds it took.
+
+    Raises:
+        SpacError: one of them cannot be loaded, or the draft cannot serve the model.
+        KeyboardInterrupt: Ctrl-C came meanwhile.
+    """
+    if draft in ("off", "auto", "ngram"):
+        llama, load_s = load(options)
+        from spac.draft import NgramDraft
+        from spac.speculative import Speculation
+
+        speculation = Speculation(NgramDraft() if draft == "ngram" else None, parse_draft_max(draft_max))
+        with _closed_if_refused(llama):
+            speculation.check(llama)
+        return llama, speculation, load_s
+    from spac.gguf_check import check_model
+
+    facts, draft_facts = check_model(options.model), check_model(draft)
+    check_address_space(IMPORT_BYTES)
+    begin = time.perf_counter()
+    from spac.draft import DRAFT_UBATCH, DraftLlama, ModelDraft
+    from spac.speculative import Speculation
+
+    if draft_facts.expert_bytes and options.paging is Paging.auto:
+        options = replace(options, paging=Paging.on)  # experts of both share one budget
+    small = replace(options, model=draft, ctx=options.ctx or facts.n_ctx_train, ubatch=DRAFT_UBATCH, record_routing=False)
+    before = resident_bytes()
+    drafting = _show_loading(draft, lambda on_progress: DraftLlama(**_arguments(small), on_progress=on_progress))
+    with _closed_if_refused(drafting):
+        speculation = Speculation(ModelDraft(drafting), parse_draft_max(draft_max))
+        taken_bytes = resident_bytes() - before
+        try:
+            llama, _ = load(options)
+        except BudgetError as e:
+            raise BudgetError(f"{e}; {format_bytes(taken_bytes)} are taken by the draft {draft}, see --draft off") from None
+        with _closed_if_refused(llama):
+            speculation.check(llama)
+    return llama, speculation, time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def _closed_if_refused(llama: Llama) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        llama.close()
+        raise
+
+
+def _arguments(options: LoadOptions) -> dict[str, Any]:
+    """Of `spac.Llama`."""
+    return {
+        "model_path": options.model,
+        "memory": options.memory,
+        "paging": options.paging.value,
+        "store": options.store,
+        "repack": options.repack,
+        "n_ctx": options.ctx,
+        "n_batch": max(512, options.ubatch or 0),
+        "n_ubatch": options.ubatch,
+        "n_threads": options.threads or None,
+        "record_routing": options.record_routing,
+        "verbose": options.debug,
+    }
+
+
+def _show_loading(name: str, make: Callable[[Callable[[float], bool]], Llama]) -> Llama:
+    """Load with a bar; Ctrl-C stops it."""
+    with terminal.Interrupts() as interrupts, terminal.LoadingBar(name) as bar:
 
         def on_progress(progress: float) -> bool:
             bar.show(progress)
             return not interrupts.hit
 
         try:
-            llama = Llama(
-                options.model,
-                memory=options.memory,
-                paging=options.paging.value,
-                store=options.store,
-                repack=options.repack,
-                on_progress=on_progress,
-                n_ctx=options.ctx,
-                n_batch=max(512, options.ubatch or 0),
-                n_ubatch=options.ubatch,
-                n_threads=options.threads or None,
-                record_routing=options.record_routing,
-                verbose=options.debug,
-            )
+            llama = make(on_progress)
         except Cancelled:
             raise KeyboardInterrupt from None
         if interrupts.hit:
             llama.close()
             raise KeyboardInterrupt
-    return llama, time.perf_counter() - begin
+    return llama

@@ -40,6 +40,8 @@ def run(
     store: opt.StoreOption = "auto",
     paging: opt.PagingOption = opt.Paging.auto,
     repack: opt.Repack = True,
+    draft: opt.Draft = "auto",
+    draft_max: opt.DraftMax = "auto",
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write which experts each token used, for `spac simulate`.", show_default=False)
     ] = None,
@@ -51,13 +53,14 @@ def run(
     text = read_prompt(prompt, file)
     if trace is not None:
         check_writable(trace)
-    llama, load_s = opt.load(opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug, trace is not None))
+    options = opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug, trace is not None)
+    llama, speculation, load_s = opt.load_with_draft(options, draft, draft_max)
     from spac.generate import Sampling, generate, tokenize
 
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
     tokens = tokenize(llama, text)
-    generation, pieces = generate(llama, tokens, sampling, max_tokens)
-    with terminal.Interrupts(on_hit=llama.spac.cancel) as interrupts:
+    generation, pieces = generate(llama, tokens, sampling, max_tokens, speculation)
+    with terminal.Interrupts(llama.spac.cancel, speculation.cancel) as interrupts:
         try:
             for piece in pieces:
                 if not as_json:
@@ -78,6 +81,7 @@ def run(
         for line in terminal.stats_lines(llama, generation, load_s):
             terminal.note(line)
     llama.close()
+    speculation.close()
     return 130 if interrupts.hit else 0
 
 
@@ -133,7 +137,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
 
 
 def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any]:
-    """What `--json` prints. Times in seconds, memory in bytes; `expert` is null if nothing is paged."""
+    """What `--json` prints. Times in seconds, memory in bytes; `expert` is null if nothing is paged, `draft` without a draft."""
     from spac.memory import peak_resident_bytes
 
     plan, stats, info = llama.spac.plan, llama.spac.stats(), llama.spac.info()
@@ -151,6 +155,15 @@ def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any
             "floor_bytes": info.floor_bytes,
             "store": info.store,
         }
+    drafted = generation.draft
+    draft = None
+    if drafted is not None:
+        draft = {
+            "proposed": drafted.proposed,
+            "accepted": drafted.accepted,
+            "acceptance_rate": drafted.acceptance_rate,
+            "mean_accepted_tokens": drafted.mean_accepted_tokens,
+        }
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
@@ -167,4 +180,5 @@ def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any
         "cpu_s": time.process_time(),
         "paging": "on" if llama.spac.paged else "off",
         "expert": expert,
+        "draft": draft,
     }

@@ -16,6 +16,7 @@ from spac.memory import format_bytes
 if TYPE_CHECKING:
     from spac.generate import Generation
     from spac.llama import Llama
+    from spac.speculative import DraftStats
 
 
 def note(text: str) -> None:
@@ -52,13 +53,13 @@ class LoadingBar:
 
 
 class Interrupts:
-    """While active, Ctrl-C sets `hit` and calls `on_hit` at once instead of raising KeyboardInterrupt.
+    """While active, Ctrl-C sets `hit` and calls each of `on_hit` at once instead of raising KeyboardInterrupt.
 
     Python runs signal handlers only between bytecodes of the main thread, which may be inside llama.cpp for seconds. So the
-    C-level handler's wake-up byte is read by a thread of ours, which calls `on_hit`. Only for the main thread.
+    C-level handler's wake-up byte is read by a thread of ours, which calls them. Only for the main thread.
     """
 
-    def __init__(self, on_hit: Callable[[], None] | None = None) -> None:
+    def __init__(self, *on_hit: Callable[[], None]) -> None:
         self.hit = False
         self._on_hit = on_hit
 
@@ -81,8 +82,8 @@ class Interrupts:
                 return
             if signal.SIGINT in signals:
                 self.hit = True
-                if self._on_hit is not None:
-                    self._on_hit()
+                for call in self._on_hit:
+                    call()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         signal.set_wakeup_fd(self._old_fd)
@@ -91,6 +92,16 @@ class Interrupts:
         self._watcher.join()
         self._read.close()
         self._write.close()
+
+
+def draft_line(stats: DraftStats) -> str:
+    """What became of drafted tokens."""
+    if not stats.verifications:
+        return "draft    verified nothing"
+    return (
+        f"draft    {stats.accepted} of {stats.proposed} tokens accepted ({stats.acceptance_rate:.0%}),"
+        f" {stats.mean_accepted_tokens:.2f} in each of {stats.verifications} verifications"
+    )
 
 
 def stats_lines(llama: Llama, generation: Generation | None, load_s: float) -> list[str]:
@@ -105,6 +116,8 @@ def stats_lines(llama: Llama, generation: Generation | None, load_s: float) -> l
             + (f" ({generation.reused_tokens} reused)" if generation.reused_tokens else ""),
             f"decode   {generation.completion_tokens} tokens in {generation.decode_s:.2f} s, {generation.decode_tokens_per_s:.1f} tokens/s",
         ]
+        if generation.draft is not None:
+            lines.append(draft_line(generation.draft))
     plan = llama.spac.plan
     limit = f" of {format_bytes(plan.limit_bytes)}" if plan else ""
     lines.append(f"memory   peak {format_bytes(peak_resident_bytes())}{limit}")
@@ -113,7 +126,7 @@ def stats_lines(llama: Llama, generation: Generation | None, load_s: float) -> l
         return [*lines, "experts  not paged"]
     return [
         *lines,
-        f"experts  {format_bytes(stats.used_bytes)} of {format_bytes(info.expert_page_bytes)} in memory,"
+        f"experts  {format_bytes(stats.model_used_bytes)} of {format_bytes(info.expert_page_bytes)} in memory,"
         f" budget {format_bytes(stats.budget_bytes)} (store: {info.store})",
         f"paging   {stats.hit_rate:.1%} hits, {format_bytes(stats.bytes_read)} read in {stats.reads} reads, {stats.stall_s:.2f} s stalled",
     ]

@@ -74,7 +74,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Result]) -> Callabl
         llama, prompts, queue = FakeLlama(n_ctx), [], list(answers)
         from spac import generate
 
-        def fake(_: object, prompt: list[int], __: object, max_tokens: int | None = None) -> tuple[generate.Generation, Iterator[str]]:
+        def fake(_: object, prompt: list[int], *__: object) -> tuple[generate.Generation, Iterator[str]]:
             prompts.append(bytes(prompt).decode())
             result = generate.Generation(prompt_tokens=len(prompt))
             answer = queue.pop(0)

@@ -1,0 +1,194 @@
+"""The inner half of the token loop: propose, evaluate, sample, accept. Knows nothing of text.
+
+A cycle evaluates the token sampled last with some drafted ones after it, in one batch, and samples at each position for as
+long as the sampled token is the drafted one. What is sampled does not depend on what was drafted: the same sampler sees the
+same positions in the same order, so every kind of sampling keeps its distribution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+from spac.draft import Acceptance, Draft, ModelDraft, Proposal, check_vocabulary
+from spac.draft_length import DraftLength, FixedLength, Length
+from spac.errors import OptionError
+from spac.llama import Llama
+
+MOST_VERIFIED: Final = 64
+
+
+@dataclass
+class DraftStats:
+    """What became of drafted tokens in one answer.
+
+    Attributes:
+        proposed: drafted tokens that were verified; those only looked at do not count.
+        accepted: those of them that were right.
+        verifications: decodes with drafted tokens in them.
+    """
+
+    proposed: int = 0
+    accepted: int = 0
+    verifications: int = 0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """None: nothing was verified."""
+        return self.accepted / self.proposed if self.proposed else None
+
+    @property
+    def mean_accepted_tokens(self) -> float | None:
+        """By verification, without the token that every decode gives. None: nothing was verified."""
+        return self.accepted / self.verifications if self.verifications else None
+
+
+class Observer(Protocol):
+    """Is told what is coming before it is evaluated."""
+
+    def before(self, tokens: Sequence[int], chances: Sequence[float]) -> None:
+        """tokens[0] is evaluated next, the others may follow: each with its chance, by what was seen so far; chances[0] is 1."""
+
+
+class Speculation:
+    """Drafts for one target model and learns how good they are. Lasts as long as the target, over many answers.
+
+    Args:
+        draft: what proposes tokens; None: nothing does. Closed by `close()`.
+        draft_max: how many drafted tokens to verify in a cycle, at most 64; "auto": what pays.
+        horizon: how many tokens to draft, even where fewer are verified.
+        observer: is told of every cycle.
+
+    Raises:
+        OptionError: a number has no meaning.
+    """
+
+    def __init__(
+        self,
+        draft: Draft | None = None,
+        draft_max: int | Literal["auto"] = "auto",
+        *,
+        horizon: int = 0,
+        observer: Observer | None = None,
+    ) -> None:
+        if draft_max != "auto" and not (isinstance(draft_max, int) and 0 <= draft_max <= MOST_VERIFIED):
+            raise OptionError(f"draft_max is {draft_max!r}, expected 0 to {MOST_VERIFIED}, or auto")
+        if horizon < 0:
+            raise OptionError(f"horizon is {horizon}, expected 0 or more")
+        self.draft = draft
+        self.acceptance = Acceptance()
+        self.stats = DraftStats()
+        self._length: Length = DraftLength() if draft_max == "auto" else FixedLength(draft_max)
+        self._horizon = horizon
+        self._observer = observer
+        self._target: Llama | None = None  # that was checked
+        self._can_verify = True
+
+    def check(self, llama: Llama) -> None:
+        """Can this draft serve this target?
+
+        Raises:
+            OptionError: the target cannot take tokens back, or the draft has another vocabulary.
+        """
+        if self.draft is None or self._target is llama:
+            return
+        if (llama._is_recurrent or llama._is_hybrid) and not self._verifies_nothing:
+            raise OptionError(
+                f"{llama.model_path}: recurrent and hybrid models cannot take rejected tokens back;"
+                " use it without a draft, or verify nothing (--draft-max 0)"
+            )
+        if isinstance(self.draft, ModelDraft):
+            check_vocabulary(llama, self.draft.llama)
+        self._target = llama
+
+    @property
+    def _verifies_nothing(self) -> bool:
+        return isinstance(self._length, FixedLength) and self._length.wanted == 0
+
+    def tokens(self, llama: Llama, prompt: Sequence[int], sampler: Any, max_tokens: int | None = None) -> Generator[int, None, None]:
+        """What the target samples after a prompt that it has just evaluated, without end.
+
+        While a token is looked at, `llama.n_tokens` counts what is before it. After max_tokens, or when the context is full,
+        no more can be asked for.
+
+        Args:
+            sampler: llama_cpp's `LlamaSampler`, or what has its `sample(context, index)`.
+
+        Raises:
+            ExpertReadError, ModelChangedError, Cancelled, DecodeError: as `spac.Llama.eval`.
+        """
+        self.stats = DraftStats()
+        self.acceptance.begin()
+        sequence = list(prompt)
+        end = llama.n_ctx()  # length of the sequence after which nothing is evaluated
+        if max_tokens is not None:
+            end = min(end, len(sequence) + max_tokens - 1)
+        drafted: list[int] = []
+        try:
+            while True:
+                # logits of the last token that is known and of those drafted after it
+                for index, guess in enumerate([*drafted, None], start=-1 - len(drafted)):
+                    token = int(sampler.sample(llama._ctx, index))
+                    sequence.append(token)
+                    self.acceptance.saw(token)
+                    self.stats.accepted += token == guess
+                    yield token
+                    if token != guess:
+                        break
+                    llama.n_tokens += 1
+                if token != guess and drafted:
+                    self._can_verify = llama.forget_after(llama.n_tokens)
+                drafted = self._propose(llama, sequence, room=end - len(sequence))
+                drafted = self._evaluate(llama, sequence, drafted)
+        finally:
+            if drafted and llama._ctx.ctx is not None:  # it may be closed
+                llama.forget_after(llama.n_tokens)
+
+    def _propose(self, llama: Llama, sequence: list[int], room: int) -> list[int]:
+        """Drafted tokens to verify, at most as many as there is room for."""
+        asked = min(max(self._horizon, self._length.wanted), room) if self.draft is not None else 0
+        begin = time.perf_counter()
+        proposal = Proposal([], [])
+        if self.draft is not None and asked > 0:
+            proposal = self.draft.propose(sequence, asked).known_to(llama.n_vocab())
+        draft_s = time.perf_counter() - begin
+        self.acceptance.expect(proposal)
+        chances = self.acceptance.chances(proposal)
+        if self._observer is not None:
+            self._observer.before([sequence[-1], *proposal.tokens], [1.0, *chances])
+        n = self._length.choose(chances, asked, draft_s) if self.draft is not None else 0
+        return proposal.tokens[: min(n, llama.n_batch - 1)] if self._can_verify else []
+
+    def _evaluate(self, llama: Llama, sequence: list[int], drafted: list[int]) -> list[int]:
+        """Evaluate what the context lacks of the sequence, and drafted tokens after it; returns those that were."""
+        missing = sequence[llama.n_tokens :]  # one token, or all where the context was lost
+        if len(missing) > 1:
+            drafted = []
+        begin = time.perf_counter()
+        if drafted:
+            llama.eval_all([*missing, *drafted])
+            llama.n_tokens -= len(drafted)
+            self.stats.proposed += len(drafted)
+            self.stats.verifications += 1
+        else:
+            llama.eval(missing)
+        if len(missing) == 1:
+            self._length.measured(len(drafted), time.perf_counter() - begin)
+        return drafted
+
+    def cancel(self) -> None:
+        """Stop a draft that is being made: the loop raises `Cancelled`. From any thread."""
+        if self.draft is not None:
+            self.draft.cancel()
+
+    def forget_cancel(self) -> None:
+        """Undo a `cancel()` that came when nothing was running."""
+        if self.draft is not None:
+            self.draft.forget_cancel()
+
+    def close(self) -> None:
+        """Free the draft. May be called again."""
+        if self.draft is not None:
+            self.draft.close()

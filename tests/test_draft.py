@@ -1,0 +1,236 @@
+"""Drafts propose, forget what was rejected, and are judged by what is then sampled; the draft length goes where tokens are cheapest."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
+
+import spac
+from spac.draft import Acceptance, DraftLlama, ForeignDraft, ModelDraft, NgramDraft, Proposal, check_vocabulary, common_prefix
+from spac.draft_length import DraftLength, FixedLength
+
+TEXT = b"The open() system call opens the file specified by pathname. If the specified file does not exist,"
+
+
+@pytest.fixture(scope="module")
+def draft(dense_path: Path) -> Iterator[ModelDraft]:
+    result = ModelDraft(DraftLlama(dense_path, memory="4G", n_ctx=256, n_threads=1, verbose=False))
+    yield result
+    result.close()
+
+
+@pytest.fixture(scope="module")
+def tokens(draft: ModelDraft) -> list[int]:
+    return list(draft.llama.tokenize(TEXT))
+
+
+# -- a model --
+
+
+def test_a_model_proposes_its_greedy_continuation(draft: ModelDraft, tokens: list[int]) -> None:
+    proposal = draft.propose(tokens, 4)
+    again = DraftLlama(draft.llama.model_path, memory="4G", n_ctx=256, n_threads=1, verbose=False)
+    again.eval(tokens)
+    greedy = []
+    for _ in range(4):
+        greedy.append(again.sample(temp=0.0))
+        again.eval(greedy[-1:])
+    again.close()
+    assert proposal.tokens == greedy
+    assert all(0 < chance <= 1 for chance in proposal.chances)
+
+
+def test_rejected_tokens_are_forgotten(draft: ModelDraft, tokens: list[int]) -> None:
+    """After a proposal that was wrong, it proposes what it would have without it."""
+    expected = draft.propose([*tokens, 300, 301], 3)
+    draft.propose(tokens, 8)
+    assert draft.propose([*tokens, 300, 301], 3) == expected
+    assert draft.propose(tokens[:3], 2).tokens != []
+
+
+def test_a_full_draft_context_ends_proposals(draft: ModelDraft, tokens: list[int]) -> None:
+    """256 tokens are its context: the last proposal may reach one beyond, which is not evaluated."""
+    sequence = (tokens * 20)[:254]
+    assert len(draft.propose(sequence, 9).tokens) == 3
+    assert draft.propose((tokens * 20)[:257], 9) == Proposal([], [])
+
+
+def test_it_serves_llama_cpp(draft: ModelDraft, model_path: Path) -> None:
+    """As `draft_model` of the stock class: the text is that without it."""
+    options: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "verbose": False, "flash_attn": True}
+    texts = []
+    for model in (None, draft, NgramDraft()):
+        llama = llama_cpp.Llama(str(model_path), draft_model=model, **options)
+        texts.append(llama(TEXT.decode(), max_tokens=16, temperature=0)["choices"][0]["text"])
+        llama.close()
+    assert texts[0] == texts[1] == texts[2] != ""
+
+
+def test_the_same_vocabulary(draft: ModelDraft, dense_path: Path, tmp_path: Path) -> None:
+    check_vocabulary(draft.llama, draft.llama)
+    other = DraftLlama(other_vocabulary(dense_path, tmp_path), memory="4G", n_ctx=256, verbose=False)
+    with pytest.raises(spac.OptionError, match=r"other.gguf: cannot draft for .*draft.gguf: token \d+ is 'QQQ', the model's is"):
+        check_vocabulary(draft.llama, other)
+    other.close()
+
+
+def other_vocabulary(path: Path, folder: Path) -> Path:
+    """A copy in which one token has another text."""
+    data = path.read_bytes()
+    size = (3).to_bytes(8, "little")
+    assert data.count(size + b"the") >= 1
+    result = folder / "other.gguf"
+    result.write_bytes(data.replace(size + b"the", size + b"QQQ", 1))
+    return result
+
+
+# -- prompt lookup, and others' --
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 1, 2, 3], 3, [4, 5, 1]),
+        ([1, 2, 9, 1, 2, 8, 1, 2], 1, [8]),  # the latest place
+        ([7, 1, 2, 9, 5, 1, 2, 8, 7, 1, 2], 1, [9]),  # the longest n-gram
+        ([4, 4, 4], 4, [4, 4, 4, 4]),  # goes on with itself
+        ([1, 2, 3, 1, 2, 3, 1], 7, [2, 3, 1, 2, 3, 1, 2]),
+        ([1, 2, 3, 4], 3, []),
+        ([1], 3, []),
+        ([1, 2, 1, 2], 0, []),
+    ],
+)
+def test_ngrams(tokens: list[int], n: int, expected: list[int]) -> None:
+    assert NgramDraft().propose(tokens, n).tokens == expected
+    grown = NgramDraft()
+    for end in range(1, len(tokens)):
+        grown.propose(tokens[:end], n)
+    assert grown.propose(tokens, n).tokens == expected
+    grown.propose([5, 6, 5, 6, 5], 2)
+    assert grown.propose(tokens, n).tokens == expected
+
+
+def test_drafts_of_llama_cpp_serve() -> None:
+    proposal = ForeignDraft(LlamaPromptLookupDecoding(num_pred_tokens=10)).propose([1, 2, 3, 4, 5, 1, 2], 2)
+    assert proposal.tokens == [3, 4]
+    assert len(proposal.chances) == 2
+
+
+def test_drafts_are_llama_cpps() -> None:
+    draft = NgramDraft()
+    assert isinstance(draft, LlamaDraftModel)
+    assert draft(np.array([1, 2, 3, 1, 2], dtype=np.intc)).dtype == np.intc
+
+
+def test_tokens_beyond_the_vocabulary_are_cut() -> None:
+    assert Proposal([5, 9, 12, 3], [0.1] * 4).known_to(10).tokens == [5, 9]
+    assert Proposal([-1], [0.5]).known_to(10).tokens == []
+
+
+def test_common_prefix() -> None:
+    for n in range(12):
+        a, b = list(range(10)), [*range(min(n, 10)), 99, 98]
+        assert common_prefix(a, b) == common_prefix(b, a) == min(n, 10)
+    assert common_prefix([], [1]) == 0
+
+
+# -- how far to believe them --
+
+
+def test_acceptance_learns_what_a_draft_is_worth() -> None:
+    """A draft that says 0.9 and is right in 60 of 100: chances become 0.6, 0.36, 0.216, though nothing is ever verified."""
+    acceptance, rng = Acceptance(), random.Random(1)
+    for _ in range(3000):
+        acceptance.expect(Proposal([1, 1, 1], [0.9] * 3))
+        acceptance.saw(1 if rng.random() < 0.6 else 0)
+    assert acceptance.chances(Proposal([1, 1, 1], [0.9] * 3)) == pytest.approx([0.6, 0.36, 0.216], abs=0.08)
+
+
+def test_acceptance_before_anything_was_seen_is_the_drafts_word() -> None:
+    assert Acceptance().chances(Proposal([1, 2], [0.5, 0.4])) == pytest.approx([0.5, 0.2])
+
+
+def test_acceptance_tells_confidence_and_position_apart() -> None:
+    acceptance = Acceptance()
+    for _ in range(400):
+        acceptance.expect(Proposal([1, 2], [0.99, 0.4]))
+        acceptance.saw(1)
+        acceptance.saw(0)
+        acceptance.expect(Proposal([1], [0.4]))
+        acceptance.saw(1)
+    assert acceptance.chance(0, 0.995) > 0.95
+    assert acceptance.chance(1, 0.4) < 0.05
+    assert acceptance.chance(0, 0.4) > 0.9
+
+
+def test_acceptance_of_another_sequence_is_not_judged() -> None:
+    acceptance = Acceptance()
+    acceptance.expect(Proposal([1], [0.5]))
+    acceptance.begin()
+    acceptance.saw(0)
+    assert acceptance.chance(0, 0.5) == pytest.approx(0.5)
+
+
+# -- how many --
+
+
+def simulate(length: DraftLength, chance: float, decode_s: Sequence[float], draft_s: float, n: int = 2000, seed: int = 1) -> list[int]:
+    """Cycles on a machine with these times, 10 % of noise on them, and a draft that is right with this chance; `wanted` of each."""
+    rng, wanted = random.Random(seed), []
+    for _ in range(n):
+        asked = length.wanted
+        k = length.choose([chance ** (j + 1) for j in range(asked)], asked, asked * draft_s * rng.uniform(0.9, 1.1))
+        length.measured(k, decode_s[k] * rng.uniform(0.9, 1.1))
+        wanted.append(asked)
+    return wanted
+
+
+@pytest.mark.parametrize(
+    ("chance", "slope", "draft_s", "least", "most"),
+    [
+        (0.9, 0.05, 0.02, 6, 8),  # compute is shared well: long drafts
+        (0.8, 0.30, 0.05, 1, 4),
+        (0.8, 1.00, 0.05, 0, 0),  # each token reads its own experts: none
+        (0.9, 0.05, 3.00, 0, 0),  # a draft as slow as that
+        (0.1, 0.10, 0.10, 0, 0),
+    ],
+)
+def test_the_draft_length_is_what_pays(chance: float, slope: float, draft_s: float, least: int, most: int) -> None:
+    """Nine cycles of ten in the right range, whatever the seed; and it seldom changes."""
+    decode_s = [1 + slope * k for k in range(DraftLength.MOST + 1)]
+    for seed in range(5):
+        wanted = simulate(DraftLength(), chance, decode_s, draft_s, seed=seed)[200:]
+        assert sum(least <= n <= most for n in wanted) >= 0.9 * len(wanted)
+        assert sum(a != b for a, b in pairwise(wanted)) < 0.1 * len(wanted)
+
+
+def test_the_draft_length_follows_a_change() -> None:
+    length = DraftLength()
+    assert simulate(length, 0.9, [1 + 0.05 * k for k in range(9)], 0.02)[-1] >= 6
+    assert simulate(length, 0.9, [1 + 1.0 * k for k in range(9)], 0.05)[-1] == 0
+    assert max(simulate(length, 0.9, [1 + 0.05 * k for k in range(9)], 0.02, n=6000)[-100:]) >= 5
+
+
+def test_one_pause_of_the_machine_changes_nothing() -> None:
+    """Not even in the first decode of a width."""
+    length, times = DraftLength(), [1 + 0.05 * k for k in range(9)]
+    length.measured(5, 1000.0)
+    before = simulate(length, 0.9, times, 0.02)[-1]
+    length.choose([0.9], 1, 0.02)
+    length.measured(1, 1000.0)
+    assert abs(simulate(length, 0.9, times, 0.02, n=200)[-1] - before) <= 1
+
+
+def test_a_fixed_length() -> None:
+    length = FixedLength(3)
+    assert length.wanted == 3
+    assert length.choose([0.9] * 5, 5, 0.1) == 3
+    assert length.choose([0.9], 3, 0.1) == 1
