@@ -10,7 +10,7 @@ import abc
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import llama_cpp
@@ -25,6 +25,7 @@ from spac.plan import Plan
 
 # tokens: a long prompt is evaluated in more steps, but buffers that would be idle afterwards stay small
 DRAFT_UBATCH: Final = 128
+N_OTHERS: Final = 5  # alternatives to each drafted token
 # vocabularies of a family differ in padding at the end and in control tokens at the beginning: upstream's common/speculative.cpp
 MAX_SIZE_DIFFERENCE: Final = 128
 FIRST_COMPARED_TOKEN: Final = 5
@@ -36,15 +37,17 @@ class Proposal:
 
     Attributes:
         chances: the draft's own probability of each token, given that those before it are right.
+        others: for each token, or of none: the likeliest ones in its place, with the same probability. Not to be verified.
     """
 
     tokens: list[int]
     chances: list[float]
+    others: list[list[tuple[int, float]]] = field(default_factory=list)
 
     def known_to(self, n_vocab: int) -> Proposal:
         """Up to the first token that a vocabulary of this size does not have: that of the draft may be larger."""
         n = next((i for i, token in enumerate(self.tokens) if not 0 <= token < n_vocab), len(self.tokens))
-        return self if n == len(self.tokens) else Proposal(self.tokens[:n], self.chances[:n])
+        return self if n == len(self.tokens) else Proposal(self.tokens[:n], self.chances[:n], self.others[:n])
 
 
 class Draft(LlamaDraftModel, abc.ABC):
@@ -113,11 +116,12 @@ class ModelDraft(Draft):
         self.llama.n_tokens = keep  # eval() removes what comes after
         self._evaluate(tokens[keep:])
         while True:
-            token, chance = self._likeliest()
+            (token, chance), *others = self._likeliest()
             if upstream.llama_vocab_is_eog(self.llama._model.vocab, token):
                 return proposal
             proposal.tokens.append(token)
             proposal.chances.append(chance)
+            proposal.others.append(others)
             if len(proposal.tokens) == n:
                 return proposal
             self._evaluate([token])
@@ -126,11 +130,14 @@ class ModelDraft(Draft):
         self.llama.eval(tokens)
         self._sequence += tokens
 
-    def _likeliest(self) -> tuple[int, float]:
-        """The most likely next token and its probability."""
+    def _likeliest(self) -> list[tuple[int, float]]:
+        """The most likely next tokens and their probabilities, best first."""
         logits = np.ctypeslib.as_array(self.llama._ctx.get_logits_ith(-1), (self.llama._n_vocab,))
-        token = int(logits.argmax())
-        return token, 1.0 / float(np.exp(logits - logits[token]).sum())
+        n = min(1 + N_OTHERS, len(logits))
+        best = np.argpartition(logits, -n)[-n:]
+        best = best[np.argsort(-logits[best], kind="stable")]
+        chances = np.exp(logits[best] - logits[best[0]]) / np.exp(logits - logits[best[0]]).sum()
+        return list(zip(best.tolist(), chances.tolist(), strict=True))
 
     def cancel(self) -> None:
         if self._spac is not None:

@@ -8,41 +8,53 @@ decode is as correct without it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spac import control
+from spac.errors import OptionError
 from spac.estimator import TokenEstimator
-from spac.estimator.foresight import DraftTrust, foresight
+from spac.estimator.foresight import Floats, foresight
+
+if TYPE_CHECKING:
+    from spac.draft import Proposal
 
 SIGNALS: Final = ("tokens", "draft")
 READ_FROM: Final = 0.9  # probability from which a guess is read ahead: docs/benchmarks/lookahead.md
-LEAST_CHANCE: Final = 0.02  # of a candidate, to be looked up
-MAX_POSITIONS: Final = 8
-MAX_BATCH: Final = 16  # of more tokens, a prompt's, nothing is learned
+LEAST_CHANCE: Final = 0.02  # of a drafted token, to be looked up
+MAX_BATCH: Final = 65  # of more tokens, a prompt's, nothing is learned
+HORIZON: Final = 4  # tokens; beyond it a draft is rarely right
 IDLE_TOKENS: Final = 64  # so many without a miss: there is nothing to steer
 
+# A draft that is only sensed saves about this part of the time that decoding waits for reads (docs/benchmarks/lookahead.md).
+SAVED_STALL: Final = 0.07
+HYSTERESIS: Final = 1.3
+REMEMBERED_TOKENS: Final = 16  # running means are over about so many
 
-class Proposal(NamedTuple):
-    """What a draft thinks comes.
 
-    Attributes:
-        tokens: integers [positions, ranks]: of each coming token the likeliest candidates, best first; a later position follows the
-            best of the ones before.
-        probabilities: the draft's own, the same shape.
+def parse_signals(text: str) -> tuple[str, ...]:
+    """What --signals means: names with commas between, "all" or "none".
+
+    Raises:
+        OptionError: there is no such signal.
     """
-
-    tokens: NDArray[np.integer]
-    probabilities: NDArray[np.floating]
+    if text in ("all", "none"):
+        return SIGNALS if text == "all" else ()
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in SIGNALS:
+            raise OptionError(f"signal {name!r} does not exist: use {', '.join(SIGNALS)}, all or none")
+    return names
 
 
 @dataclass
 class SignalStats:
-    """How good the predictions for decoded tokens were, at the probability 0.5.
+    """How good predictions were, counting as predicted what had a probability of at least a half.
 
     Attributes:
         predicted: experts said to be used.
@@ -55,12 +67,21 @@ class SignalStats:
     used: int = 0
 
     @property
-    def precision(self) -> float:
-        return self.right / self.predicted if self.predicted else 0.0
+    def precision(self) -> float | None:
+        """None: nothing was predicted."""
+        return self.right / self.predicted if self.predicted else None
 
     @property
-    def recall(self) -> float:
-        return self.right / self.used if self.used else 0.0
+    def recall(self) -> float | None:
+        """None: nothing was used."""
+        return self.right / self.used if self.used else None
+
+    def add(self, probabilities: Floats, used: NDArray[np.int64]) -> None:
+        """`probabilities` [layers, experts]; `used` [layers, k], experts."""
+        predicted = probabilities >= 0.5
+        self.predicted += int(predicted.sum())
+        self.right += int(np.take_along_axis(predicted, used, 1).sum())
+        self.used += used.size
 
 
 class _Decoded(NamedTuple):
@@ -70,30 +91,54 @@ class _Decoded(NamedTuple):
 
 
 class Foresight:
-    """The signals of one context of a paged model. Not thread safe: its context calls it while it is busy."""
+    """The signals of one context of a paged model. Not thread safe: its context calls it while it is busy.
+
+    Attributes:
+        stats: by signal: "tokens" about the token decoded next, "draft" about the one after it.
+        possible: whether this model's experts can be foreseen; else nothing may be called.
+    """
 
     def __init__(self, model_id: int, signals: Sequence[str] = SIGNALS, read_from: float = READ_FROM) -> None:
         layers = [layer.layer for layer in control.model_stats_by_layer(model_id)]
         info = control.model_info(model_id)
-        self.signals, self._read_from = frozenset(signals), read_from
+        self.signals = frozenset(signals)
         self.stats = {name: SignalStats() for name in SIGNALS if name in self.signals}
+        # several sets of experts in a layer: their events could not be told apart
+        self.possible = len(set(layers)) == len(layers) and info.n_bundles == len(layers) * info.n_experts
+        self.estimator: TokenEstimator | None = None  # made when the first token tells how many experts it uses
+        self._read_from = read_from
         self._model_id = model_id
         self._place = {layer: i for i, layer in enumerate(layers)}
         self._n_experts = info.n_experts
-        # several sets of experts in a layer: their events could not be told apart
-        self.possible = len(self._place) == len(layers) and info.n_bundles == len(layers) * info.n_experts
-        self.estimator: TokenEstimator | None = None  # made when the first token tells how many experts it uses
-        self._trust: DraftTrust | None = None
-        self._proposal: Proposal | None = None
-        self._open: list[tuple[Proposal, list[int]]] = []  # proposals, and what came after each so far
+        self._proposal: tuple[Proposal, Sequence[float]] | None = None
         self._pending: _Decoded | None = None
-        self._predicted: NDArray[np.float32] | None = None
+        self._now: Floats | None = None  # predicted for the token being decoded
+        self._drafted: Floats | None = None  # the same, when it was only drafted
+        self._after: Floats | None = None  # for the token after it
         self._next_event = 0
         self._misses, self._calm_tokens = 0, 0
+        self._stall_s, self._stalled_s = 0.0, 0.0  # a token's, running mean; all
+        self._draft_s = 0.0  # running mean
+        self._drafts = True
 
-    def propose(self, proposal: Proposal) -> None:
-        """What may follow the last token sampled; for the next decode only."""
-        self._proposal = Proposal(proposal.tokens[:MAX_POSITIONS], proposal.probabilities[:MAX_POSITIONS])
+    def horizon(self) -> int:
+        """How many drafted tokens are worth their time: 0 where decoding does not wait for reads."""
+        if "draft" not in self.signals or self._calm_tokens >= IDLE_TOKENS:
+            return 0
+        saved, cost = SAVED_STALL * self._stall_s, self._draft_s
+        self._drafts = saved * (HYSTERESIS if self._drafts else 1 / HYSTERESIS) >= cost
+        return HORIZON if self._drafts else 0
+
+    def propose(self, proposal: Proposal, chances: Sequence[float], draft_s: float) -> None:
+        """What may follow the last token sampled, for the next decode only.
+
+        Args:
+            chances: of each proposed token, that it and those before it come.
+            draft_s: seconds that the proposal took.
+        """
+        self._proposal = proposal, chances
+        if proposal.tokens:
+            self._draft_s += (draft_s * min(1.0, HORIZON / len(proposal.tokens)) - self._draft_s) / REMEMBERED_TOKENS
 
     def before(self, position: int, tokens: list[int] | None) -> None:
         """Tokens are about to be decoded: the last one sampled, and drafted ones to verify. None: something else.
@@ -101,18 +146,26 @@ class Foresight:
         Args:
             position: of the first one in its sequence.
         """
-        self._settle(position, tokens)
+        begin = time.perf_counter()
+        self._learn(position, tokens)
         proposal, self._proposal = self._proposal, None
-        self._predicted = None
+        self._now, self._drafted, self._after = None, self._after, None
         if self.estimator is None or tokens is None or self._calm_tokens >= IDLE_TOKENS:
             return
-        p = 1 - np.prod(1 - self.estimator.probabilities(tokens), axis=0) if "tokens" in self.signals else None
-        coming = self._coming(tokens, proposal) if proposal is not None and "draft" in self.signals else np.zeros((0, 1, 1), np.float32)
-        if p is None:
-            p = np.zeros((self.estimator.n_layers, self.estimator.n_experts), np.float32)
-        else:
-            self._predicted = p
-        control.foresee(self._model_id, foresight(p, coming), self._read_from)
+        drafts: list[list[tuple[int, float]]] = []
+        if proposal is not None and "draft" in self.signals:
+            drafts = _candidates(*proposal, len(tokens) - 1)
+        known = [[(token, 1.0)] for token in tokens]
+        if "tokens" not in self.signals and not drafts:
+            return
+        p = self.estimator.of_candidates([*known, *drafts])
+        masses = np.array([sum(chance for _, chance in candidates) for candidates in drafts], np.float32)
+        coming = p[len(tokens) :] * masses[:, None, None]
+        self._now, self._after = p[0], coming[0] if drafts and len(tokens) == 1 else None
+        now = 1 - np.prod(1 - p[: len(tokens)], axis=0) if "tokens" in self.signals else np.zeros_like(p[0])
+        control.foresee(self._model_id, foresight(now, coming), self._read_from)
+        if drafts:
+            self._draft_s += (time.perf_counter() - begin) / REMEMBERED_TOKENS
 
     def after(self, position: int, tokens: list[int] | None) -> None:
         """They were decoded."""
@@ -120,59 +173,31 @@ class Foresight:
         first, self._next_event = self._next_event, stats.events
         self._calm_tokens = 0 if stats.misses > self._misses else self._calm_tokens + 1
         self._misses = stats.misses
-        if tokens is not None and self._calm_tokens < IDLE_TOKENS and stats.events - first == len(tokens) * len(self._place):
+        stalled_s, self._stalled_s = stats.stall_s - self._stalled_s, stats.stall_s
+        if tokens is None:
+            return
+        self._stall_s += (stalled_s / len(tokens) - self._stall_s) / REMEMBERED_TOKENS
+        if self._calm_tokens < IDLE_TOKENS and stats.events - first == len(tokens) * len(self._place):
             self._pending = _Decoded(position, tokens, self._routed(first, len(tokens)))
 
-    def _coming(self, tokens: list[int], proposal: Proposal) -> NDArray[np.float32]:
-        """Probability of use by the tokens after those decoded next: [tokens, layers, experts]."""
-        assert self.estimator is not None
-        if self._trust is None:
-            self._trust = DraftTrust(MAX_POSITIONS, proposal.tokens.shape[1])
-        self._open.append((proposal, []))
-        chances = self._trust.chances(proposal.probabilities)
-        known: list[list[tuple[int, float]]] = [[(token, 1.0)] for token in tokens]
-        masses, path = [], float(np.prod(chances[: len(tokens) - 1, 0]))
-        for candidates, shares in zip(proposal.tokens[len(tokens) - 1 :].tolist(), chances[len(tokens) - 1 :].tolist(), strict=True):
-            kept = [(token, share) for token, share in zip(candidates, shares, strict=True) if share * path >= LEAST_CHANCE]
-            if not kept:
-                break
-            known.append(kept)
-            masses.append(path * sum(share for _, share in kept))
-            path *= shares[0]
-        of_candidates = self.estimator.of_candidates(known)[len(tokens) :]
-        return np.asarray(of_candidates * np.array(masses, np.float32)[:, None, None])
-
-    def _settle(self, position: int, tokens: list[int] | None) -> None:
-        """Learn from the last decode, now that it is known which of its tokens stayed."""
+    def _learn(self, position: int, tokens: list[int] | None) -> None:
+        """From the last decode, now that the next one tells which of its tokens stayed."""
         pending, self._pending = self._pending, None
         follows = pending is not None and tokens is not None and 0 < position - pending.position <= len(pending.tokens)
-        if pending is None or not follows:
-            self._open.clear()
-            stayed = len(pending.tokens) if pending is not None else 0
-        else:
-            assert tokens is not None
-            stayed = position - pending.position
-            self._judge([*pending.tokens[1:stayed], tokens[0]])
         if pending is not None and pending.routed is not None:
+            stayed = position - pending.position if follows else 1
             routed = pending.routed[:stayed]
             if self.estimator is None:
                 self.estimator = TokenEstimator(len(self._place), self._n_experts, routed.shape[2])
+            if self._now is not None and "tokens" in self.stats:
+                self.stats["tokens"].add(self._now, routed[0])
+            if self._drafted is not None and "draft" in self.stats:
+                self.stats["draft"].add(self._drafted, routed[0])
             self.estimator.learn(pending.tokens[:stayed], routed)
-        if not follows and self.estimator is not None:
-            self.estimator.start_request()
-
-    def _judge(self, came: list[int]) -> None:
-        """These tokens came after those of the last decode: how good were the proposals?"""
-        still = []
-        for proposal, so_far in self._open:
-            so_far += came
-            n = min(len(so_far), len(proposal.tokens))
-            if n == len(proposal.tokens) or list(proposal.tokens[:n, 0]) != so_far[:n]:
-                assert self._trust is not None
-                self._trust.learn(proposal.tokens, proposal.probabilities, so_far)
-            else:
-                still.append((proposal, so_far))
-        self._open = still
+        if not follows:
+            self._after = None
+            if self.estimator is not None:
+                self.estimator.start_request()
 
     def _routed(self, first_event: int, n_tokens: int) -> NDArray[np.int64] | None:
         """What the tokens' layers chose: int64 [tokens, layers, k]; None if that is not known."""
@@ -186,3 +211,24 @@ class Foresight:
                 return None
             out[:, place] = of_layer
         return out
+
+
+def _candidates(proposal: Proposal, chances: Sequence[float], n_verified: int) -> list[list[tuple[int, float]]]:
+    """Of each coming token that is not decoded yet: which it may be, with the chance that it comes; the drafted one first.
+
+    The draft's other ideas share what its calibrated chance leaves, by the draft's own probabilities.
+    """
+    coming = []
+    path = chances[n_verified - 1] if 0 < n_verified <= len(chances) else 1.0
+    for i in range(n_verified, len(proposal.tokens)):
+        candidates = [(proposal.tokens[i], chances[i])]
+        own = proposal.chances[i]
+        if proposal.others and own < 1:
+            left = (path - chances[i]) / (1 - own)
+            candidates += [(token, left * chance) for token, chance in proposal.others[i]]
+        kept = [(token, chance) for token, chance in candidates if chance >= LEAST_CHANCE]
+        if not kept or kept[0][0] != proposal.tokens[i]:
+            break
+        coming.append(kept)
+        path = chances[i]
+    return coming

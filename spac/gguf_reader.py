@@ -265,7 +265,9 @@ class _HeaderParser:
             raise self.fail(f"claims {n_metadata} metadata entries")
         return n_tensors, n_metadata
 
-    def parse_value(self, key: str, metadata: dict[str, Scalar], arrays: dict[str, tuple[Scalar, ...]], lengths: dict[str, int]) -> None:
+    def parse_value(
+        self, key: str, metadata: dict[str, Scalar], arrays: dict[str, tuple[Scalar, ...]], lengths: dict[str, int]
+    ) -> None:
         what = f"metadata {key!r}"
         kind = self.number("I", what)
         if kind == _STRING:
@@ -326,7 +328,9 @@ class _HeaderParser:
             rows.append((name, shape, kind, offset))
         return rows
 
-    def place_tensors(self, rows: list[tuple[str, tuple[int, ...], int, int]], alignment: int, header_bytes: int) -> tuple[Tensor, ...]:
+    def place_tensors(
+        self, rows: list[tuple[str, tuple[int, ...], int, int]], alignment: int, header_bytes: int
+    ) -> tuple[Tensor, ...]:
         data_begin = (header_bytes + alignment - 1) // alignment * alignment
         tensors = []
         names: set[str] = set()
@@ -339,7 +343,9 @@ class _HeaderParser:
             if offset != expected:
                 raise self.fail(f"tensor {name!r} has offset {offset}, expected {expected}")
             if data_begin + offset + n_bytes > self.size:
-                raise self.fail(f"has {self.size} bytes, tensor {name!r} ends at byte {data_begin + offset + n_bytes}")
+                raise self.fail(
+                    f"has {self.size} bytes, tensor {name!r} ends at byte {data_begin + offset + n_bytes}"
+                )
             expected += (n_bytes + alignment - 1) // alignment * alignment
             tensors.append(Tensor(name, shape, type_name, data_begin + offset, n_bytes))
         return tuple(tensors)

@@ -22,7 +22,7 @@ from spac.plan import VOCABULARY_FACTOR, Paging, Plan, Sizes, make_plan, paged_u
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
 
 if TYPE_CHECKING:
-    from spac.engine import Proposal
+    from spac.draft import Proposal
     from spac.trace.recorder import Recorder
 
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
@@ -112,10 +112,20 @@ class Handle:
         if self._context is not None:
             self._context.cancel()
 
-    def propose(self, proposal: Proposal) -> None:
-        """Say which tokens may follow the last one sampled: a hint for the next decode about what to keep in memory."""
+    def horizon(self) -> int:
+        """How many drafted tokens it pays to know before the next decode, verified or not."""
+        foresight = self._context.foresight if self._context is not None else None
+        return foresight.horizon() if foresight is not None else 0
+
+    def propose(self, proposal: Proposal, chances: Sequence[float], draft_s: float = 0.0) -> None:
+        """Say which tokens may follow the last one sampled: it tells the pager what to keep in memory.
+
+        Args:
+            chances: of each proposed token, that it and those before it come.
+            draft_s: seconds that the proposal took, to find out whether it pays.
+        """
         if self._context is not None and self._context.foresight is not None:
-            self._context.foresight.propose(proposal)
+            self._context.foresight.propose(proposal, chances, draft_s)
 
     def forget_cancel(self) -> None:
         """Undo a `cancel()` that came when nothing was running."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 from spac.draft import Acceptance, Draft, ModelDraft, Proposal, check_vocabulary
 from spac.draft_length import DraftLength, FixedLength, Length
@@ -18,6 +18,7 @@ from spac.errors import OptionError
 from spac.llama import Llama
 
 MOST_VERIFIED: Final = 64
+MOST_SENSED: Final = 8
 
 
 @dataclass
@@ -45,21 +46,13 @@ class DraftStats:
         return self.accepted / self.verifications if self.verifications else None
 
 
-class Observer(Protocol):
-    """Is told what is coming before it is evaluated."""
-
-    def before(self, tokens: Sequence[int], chances: Sequence[float]) -> None:
-        """tokens[0] is evaluated next, the others may follow: each with its chance, by what was seen so far; chances[0] is 1."""
-
-
 class Speculation:
     """Drafts for one target model and learns how good they are. Lasts as long as the target, over many answers.
 
     Args:
         draft: what proposes tokens; None: nothing does. Closed by `close()`.
         draft_max: how many drafted tokens to verify in a cycle, at most 64; "auto": what pays.
-        horizon: how many tokens to draft, even where fewer are verified.
-        observer: is told of every cycle.
+        horizon: how many tokens to draft for the pager's sake, even where fewer are verified; "auto": what pays.
 
     Raises:
         OptionError: a number has no meaning.
@@ -70,19 +63,17 @@ class Speculation:
         draft: Draft | None = None,
         draft_max: int | Literal["auto"] = "auto",
         *,
-        horizon: int = 0,
-        observer: Observer | None = None,
+        horizon: int | Literal["auto"] = "auto",
     ) -> None:
         if draft_max != "auto" and not (isinstance(draft_max, int) and 0 <= draft_max <= MOST_VERIFIED):
             raise OptionError(f"draft_max is {draft_max!r}, expected 0 to {MOST_VERIFIED}, or auto")
-        if horizon < 0:
-            raise OptionError(f"horizon is {horizon}, expected 0 or more")
+        if horizon != "auto" and not (isinstance(horizon, int) and 0 <= horizon <= MOST_SENSED):
+            raise OptionError(f"horizon is {horizon!r}, expected 0 to {MOST_SENSED}, or auto")
         self.draft = draft
         self.acceptance = Acceptance()
         self.stats = DraftStats()
         self._length: Length = DraftLength() if draft_max == "auto" else FixedLength(draft_max)
         self._horizon = horizon
-        self._observer = observer
         self._target: Llama | None = None  # that was checked
         self._can_verify = True
 
@@ -148,7 +139,8 @@ class Speculation:
 
     def _propose(self, llama: Llama, sequence: list[int], room: int) -> list[int]:
         """Drafted tokens to verify, at most as many as there is room for."""
-        asked = min(max(self._horizon, self._length.wanted), room) if self.draft is not None else 0
+        sensed = llama.spac.horizon() if self._horizon == "auto" else self._horizon
+        asked = min(max(sensed, self._length.wanted), room) if self.draft is not None else 0
         begin = time.perf_counter()
         proposal = Proposal([], [])
         if self.draft is not None and asked > 0:
@@ -156,8 +148,7 @@ class Speculation:
         draft_s = time.perf_counter() - begin
         self.acceptance.expect(proposal)
         chances = self.acceptance.chances(proposal)
-        if self._observer is not None:
-            self._observer.before([sequence[-1], *proposal.tokens], [1.0, *chances])
+        llama.spac.propose(proposal, chances, draft_s)
         n = self._length.choose(chances, asked, draft_s) if self.draft is not None else 0
         return proposal.tokens[: min(n, llama.n_batch - 1)] if self._can_verify else []
 

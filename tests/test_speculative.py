@@ -393,7 +393,7 @@ def len_in_cache(llama: spac.Llama) -> int:
     return int(upstream.llama_memory_seq_pos_max(upstream.llama_get_memory(llama._ctx.ctx), 0)) + 1
 
 
-@pytest.mark.parametrize(("draft_max", "horizon"), [(-1, 0), (65, 0), ("lots", 0), (1.5, 0), (2, -1)])
+@pytest.mark.parametrize(("draft_max", "horizon"), [(-1, 0), (65, 0), ("lots", 0), (1.5, 0), (2, -1), (2, 9)])
 def test_numbers_without_meaning(draft_max: Any, horizon: int) -> None:
     with pytest.raises(spac.OptionError, match="expected 0"):
         Speculation(NgramDraft(), draft_max, horizon=horizon)
@@ -402,25 +402,25 @@ def test_numbers_without_meaning(draft_max: Any, horizon: int) -> None:
 # -- who looks on --
 
 
-def test_an_observer_is_told_what_comes_before_it_is_evaluated(llama: spac.Llama, draft: ModelDraft) -> None:
-    """The token sampled last is certain; drafted ones beyond those verified are told too; without a draft, one token."""
+def test_the_pager_is_told_what_may_come_before_it_is_evaluated(llama: spac.Llama, draft: ModelDraft, monkeypatch: Any) -> None:
+    """Drafted tokens beyond those verified are told too; without a draft, none."""
     told: list[tuple[list[int], list[float], int]] = []
 
-    class Recorder:
-        def before(self, tokens: Sequence[int], chances: Sequence[float]) -> None:
-            told.append((list(tokens), list(chances), llama.n_tokens))
+    def propose(proposal: Proposal, chances: Sequence[float], draft_s: float) -> None:
+        assert draft_s >= 0
+        told.append((proposal.tokens, list(chances), llama.n_tokens))
 
+    monkeypatch.setattr(llama.spac, "propose", propose)
     prompt = tokenize(llama)
-    result = answer(llama, prompt, 16, Speculation(draft, 1, horizon=4, observer=Recorder()))
+    result = answer(llama, prompt, 16, Speculation(draft, 1, horizon=4))
     sequence = prompt + result.token_ids
     assert result.draft is not None
     assert result.draft.proposed <= len(told)
     for tokens, chances, n in told:
-        assert sequence[n] == tokens[0]
-        assert chances[0] == 1
+        assert n < len(sequence)
         assert all(0 < b <= a <= 1 for a, b in pairwise(chances))
-        assert len(tokens) == len(chances) <= 5
-    assert max(len(tokens) for tokens, *_ in told) == 5
+        assert len(tokens) == len(chances) <= 4
+    assert max(len(tokens) for tokens, *_ in told) == 4
     told.clear()
-    answer(llama, prompt, 4, Speculation(observer=Recorder()))
-    assert [len(tokens) for tokens, *_ in told] == [1, 1, 1]
+    answer(llama, prompt, 4, Speculation())
+    assert [len(tokens) for tokens, *_ in told] == [0, 0, 0]

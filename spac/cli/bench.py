@@ -39,8 +39,7 @@ def bench(
     contender: Annotated[
         Many | None,
         typer.Option(
-            metavar="SPEC",
-            help="Such as stock:mmap,repack=off, spac:store=buffered, bigmoe; repeat it. Else stock, spac, all peers.",
+            metavar="SPEC", help="Such as stock:mmap,repack=off, spac:store=buffered, bigmoe; repeat it. Else stock, spac, all peers.",
             show_default=False,
         ),
     ] = None,

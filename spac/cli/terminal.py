@@ -114,7 +114,8 @@ def stats_lines(llama: Llama, generation: Generation | None, load_s: float) -> l
         lines += [
             f"prefill  {new} tokens in {generation.prefill_s:.2f} s, {generation.prefill_tokens_per_s:.1f} tokens/s"
             + (f" ({generation.reused_tokens} reused)" if generation.reused_tokens else ""),
-            f"decode   {generation.completion_tokens} tokens in {generation.decode_s:.2f} s, {generation.decode_tokens_per_s:.1f} tokens/s",
+            f"decode   {generation.completion_tokens} tokens in {generation.decode_s:.2f} s,"
+            f" {generation.decode_tokens_per_s:.1f} tokens/s",
         ]
         if generation.draft is not None:
             lines.append(draft_line(generation.draft))
@@ -128,5 +129,6 @@ def stats_lines(llama: Llama, generation: Generation | None, load_s: float) -> l
         *lines,
         f"experts  {format_bytes(stats.model_used_bytes)} of {format_bytes(info.expert_page_bytes)} in memory,"
         f" budget {format_bytes(stats.budget_bytes)} (store: {info.store})",
-        f"paging   {stats.hit_rate:.1%} hits, {format_bytes(stats.bytes_read)} read in {stats.reads} reads, {stats.stall_s:.2f} s stalled",
+        f"paging   {stats.hit_rate:.1%} hits, {format_bytes(stats.bytes_read)} read in {stats.reads} reads,"
+        f" {stats.stall_s:.2f} s stalled",
     ]

@@ -146,3 +146,4 @@ class Recorder:
                 "dense_bytes": self._facts.dense_bytes,
             },
         )
+

@@ -139,3 +139,4 @@ def _read_seconds(missed: Array, bundle_bytes: Array, reads: Reads) -> Array:
 def limited(reads: Reads, bytes_per_s: float) -> Reads:
     """The same reader behind a limit, as a control group sets it."""
     return Reads({key: min(rate, bytes_per_s) for key, rate in reads.by_size_and_depth.items()})
+
