@@ -73,20 +73,12 @@ class DraftLength:
     def choose(self, chances: Sequence[float], asked: int, draft_s: float) -> int:
         sums = [0.0, *itertools.accumulate(chances[: self.MOST])]
         self._now = (sums, draft_s)
-        if asked:
-            self._draft_s.add(draft_s / asked)
-        n = 0
-        if self._decode_s:
-            times = [self.decode_s(k) for k in range(self.MOST + 1)]
-            gains = self._gains(sums, times)
-            n = gains.index(max(gains))
-            if asked:
-                longer = self._gains(self._extended(sums, asked), times)
-                for length, best in enumerate(itertools.accumulate(longer, max)):
-                    self._worth[length].add(best)
+        n = self._learn(sums, asked, draft_s) if asked and self._decode_s else 0
         if self._try is not None:
             n = min(self._try, len(sums) - 1)
-        self._plan()
+        self._since_try += 1
+        self._try = self._next_try()
+        self.wanted = max(self._settled, self._try or 0)
         return n
 
     def measured(self, n_verified: int, decode_s: float) -> None:
@@ -126,16 +118,19 @@ class DraftLength:
         more = itertools.accumulate([sums[n]] + [last * ratio**i for i in range(1, self.MOST - n + 1)])
         return sums[:n] + list(more)
 
-    def _plan(self) -> None:
-        """Set `wanted`, and whether the next cycle is a try."""
+    def _learn(self, sums: list[float], asked: int, draft_s: float) -> int:
+        """From a proposal, what drafting is worth; settles how many to draft, and returns how many of these to verify."""
+        self._draft_s.add(draft_s / asked)
+        times = [self.decode_s(k) for k in range(self.MOST + 1)]
+        longer = self._gains(self._extended(sums, asked), times)
+        for worth, best in zip(self._worth, itertools.accumulate(longer, max), strict=True):
+            worth.add(best)
         rate = self._rate()
         scores = [worth.value - rate * n * self._draft_s.value for n, worth in enumerate(self._worth)]
-        best = scores.index(max(scores))
-        if scores[best] > scores[self._settled] + self.MARGIN:
-            self._settled = best
-        self._since_try += 1
-        self._try = self._next_try()
-        self.wanted = max(self._settled, self._try or 0)
+        if max(scores) > scores[self._settled] + self.MARGIN:
+            self._settled = scores.index(max(scores))
+        gains = self._gains(sums, times)
+        return gains.index(max(gains))
 
     def _next_try(self) -> int | None:
         if self._first_tries:
