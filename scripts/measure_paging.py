@@ -6,16 +6,17 @@
     .venv/bin/python scripts/measure_paging.py --report docs/benchmarks/paging        # the tables again
     .venv/bin/python scripts/measure_paging.py MODEL --reads > reads.txt              # for `spac simulate --reads`
 
-Each run decodes greedily in a control group. After each token the bare reader (scripts/bare_reads.cpp), in the same group and
-so behind the same limits, reads the slices that this token had missed. So both meet the same disk, however it changes.
+Each run decodes greedily in a control group. The bare reader (scripts/bare_reads.cpp), in the same group and so behind the same
+limits, reads the slices that the run had missed.
 
-- `speed`: the reader takes a token's slices as one stream, six in flight: what a disk alone would need. Then some random slices
-  at once, into memory as the pager has it: the time model's table of reads.
-- `misses`: with each layer's times (spac's recorder), the reader takes the slices layer by layer, with the token's other time
-  slept between them; once into huge pages that stay ("kept"), once into memory as the pager has it ("fresh").
+- `speed`: afterwards the reader takes each token's slices as one stream, six in flight: what the disk alone would need. Then some
+  random slices at once, into memory as the pager has it: the time model's table of reads.
+- `misses`: with each layer's times (spac's recorder), the reader takes the slices after each token, layer by layer, with the token's
+  other time slept between them; once into huge pages that stay ("kept"), once into memory as the pager has it ("fresh").
 - `reference`: everything in memory, with a profile's processors: the trace and the compute times that the model starts from.
 
-The group gets `ROOM_BYTES` more than spac is told, for the reader. Runs that are there already are kept; needs a C++ compiler.
+The group gets `ROOM_BYTES` more than spac is told, for the reader. Runs that are there already are kept, and those that others
+disturbed are named: delete them to have them again. Needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import random
 import re
 import statistics
 import subprocess
@@ -45,11 +48,13 @@ from spac.trace.timing import READS_IN_FLIGHT, Compute, Reads, limited, predict
 ROOM_BYTES: Final = 48 << 20
 DEPTHS: Final = (1, 2, 3, 6)
 MEMORIES: Final = ("kept", "fresh")  # what the reader reads into
+SAMPLES: Final = 12  # of each depth
 PROMPT_TOKENS: Final = 48
+DISTURBED: Final = 0.05  # processor time of others, by processor time that there was
 # kind of run, profile, memory, read limit ("": the profile's)
 CELLS: Final = (
     *(("speed", "native", memory, read) for memory in ("12%", "25%", "50%") for read in ("500M", "none")),
-    *(("speed", name, memory, "") for name in ("pi5-8g-nvme", "pi5-sd", "pi4-usb3", "laptop-16g-nvme") for memory in ("25%", "50%")),
+    *(("speed", name, memory, "") for name in ("pi5-8g-nvme", "pi5-sd", "laptop-16g-nvme") for memory in ("25%", "50%")),
     *(("misses", "native", memory, read) for memory in ("25%", "50%") for read in ("500M", "none")),
 )
 
@@ -74,6 +79,13 @@ class BareReader:
         return float(stdout.readline())
 
 
+    def close(self) -> None:
+        """End it, so that its processor time counts as ours."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
 def expert_slices(model: str) -> dict[int, list[list[tuple[int, int]]]]:
     """Offset and length by layer, tensor (in the order in which they are computed) and expert."""
     from spac.gguf_reader import read_gguf
@@ -92,8 +104,6 @@ def expert_slices(model: str) -> dict[int, list[list[tuple[int, int]]]]:
 
 def run_worker(config: dict[str, Any]) -> None:
     """A run, as a process of its own: prints one JSON object."""
-    import random
-
     reader, kind = BareReader(config["reader"], config["model"]), config["kind"]
     engine = worker.Engine({**worker.DEFAULTS, **config})
     handle, slices = engine.llama.spac, expert_slices(config["model"])
@@ -101,35 +111,38 @@ def run_worker(config: dict[str, Any]) -> None:
     if kind == "reference":
         for _ in engine.tokens(prompt):  # after this all that the text needs is in memory
             pass
-    every, depth_of = [s for tensors in slices.values() for tensor in tensors for s in tensor], dict(enumerate(DEPTHS))
-    shuffle = random.Random(1)
     tokens = engine.tokens(prompt)
-    ids, rows, samples = [next(tokens)], [], []
+    ids, rows, missed = [next(tokens)], [], []
     for i in range(config["tokens"]):
-        before, sequence = handle.stats(), handle.stats().events
+        before = handle.stats()
         begin = time.perf_counter()
         ids.append(next(tokens))
         wall_s = time.perf_counter() - begin
         after = handle.stats()
         row = {"wall_s": wall_s, "stall_s": after.stall_s - before.stall_s, **{name: getattr(after, name) - getattr(before, name) for name in ("misses", "reads", "bytes_read")}}
-        missed = {event.layer: [e for e, hit in zip(event.experts, event.hits, strict=True) if not hit] for event in handle.events(sequence)}
-        visits = {layer: [tensor[e] for tensor in slices[layer] for e in experts] for layer, experts in missed.items()}
-        row["replayed_bytes"] = sum(length for visit in visits.values() for _, length in visit)
+        absent = {event.layer: [e for e, hit in zip(event.experts, event.hits, strict=True) if not hit] for event in handle.events(before.events)}
+        visits = {layer: [tensor[e] for tensor in slices[layer] for e in experts] for layer, experts in absent.items()}
+        missed.append([s for visit in visits.values() for s in visit])
         if kind == "misses":
             expert_s = handle.recorder.trace().expert_s[-1]
             for memory in MEMORIES if i % 2 else MEMORIES[::-1]:
                 row[memory] = replay_visits(reader, memory, visits, wall_s, expert_s, len(slices[min(slices)]))
-        elif kind == "speed":
-            row["bare_s"] = reader.seconds([s for visit in visits.values() for s in visit], READS_IN_FLIGHT, "kept")
-            depth = depth_of[i % len(DEPTHS)]
-            chosen = shuffle.sample(every, depth)
-            samples.append((depth, sum(length for _, length in chosen), reader.seconds(chosen, depth, "fresh")))
         rows.append(row)
+    samples = []
+    if kind == "speed":
+        for row, chosen in zip(rows, missed, strict=True):
+            row["bare_s"] = reader.seconds(chosen, READS_IN_FLIGHT, "kept")
+        every = [s for tensors in slices.values() for tensor in tensors for s in tensor]
+        shuffle = random.Random(1)
+        for i in range(SAMPLES * len(DEPTHS)):
+            chosen = shuffle.sample(every, DEPTHS[i % len(DEPTHS)])
+            samples.append((len(chosen), sum(length for _, length in chosen), reader.seconds(chosen, len(chosen), "fresh")))
     if kind == "reference" and config["trace"]:
         handle.recorder.trace().save(config["trace"])
     stats = handle.stats()
     print(json.dumps({"token_ids": ids, "tokens": rows, "samples": samples, "budget_bytes": stats.budget_bytes, "rereads": stats.rereads}))
     engine.llama.close()
+    reader.close()
 
 
 def replay_visits(
@@ -186,16 +199,22 @@ def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: i
     enforced = {key: value for key, value in dataclasses.asdict(limits).items() if key not in record["not_enforced"]}
     if enforced["memory_bytes"]:
         enforced["memory_bytes"] += ROOM_BYTES
+    busy_s, begin = machine_busy_s(), time.monotonic()
     run = cgroups.run_limited([sys.executable, __file__, "--worker", json.dumps(config)], **enforced, measure=True, files=[model])
     if run.returncode != 0:
         raise SystemExit(f"{cell}: exit code {run.returncode}{' (killed at the memory limit)' if run.oom_killed else ''}\n{run.stderr[-2000:]}")
-    return {**record, **json.loads(run.stdout.splitlines()[-1]), "device_read_bytes": run.device_read_bytes, "peak_bytes": run.peak_bytes}
+    others = (machine_busy_s() - busy_s - run.cpu_s) / (time.monotonic() - begin) / (os.cpu_count() or 1)
+    return {**record, **json.loads(run.stdout.splitlines()[-1]), "device_read_bytes": run.device_read_bytes, "peak_bytes": run.peak_bytes, "others_share": others}
+
+
+def machine_busy_s() -> float:
+    """Seconds that all processors have computed for programs, since the machine's start (proc_stat(5))."""
+    fields = [int(text) for text in Path("/proc/stat").read_text().split(maxsplit=5)[1:5]]
+    return (fields[0] + fields[1] + fields[2]) / os.sysconf("SC_CLK_TCK")
 
 
 def print_reads(model: Path, reader: Path) -> None:
     """A table of reads for `spac simulate`: as the pager's, asked for at once, into memory that is taken anew."""
-    import random
-
     bare, shuffle = BareReader(str(reader), str(model)), random.Random(1)
     own = next(iter(expert_slices(str(model)).values()))[0][0][1]
     print("MB/s of reads asked for at once, into fresh memory: median of 30 (lowest to highest)\n     KiB  depth")
@@ -274,6 +293,7 @@ def heading(runs: list[dict[str, Any]]) -> str:
             f"- model: {first['model']['name']}, {first['model']['bytes'] / 2**30:.2f} GiB; {PROMPT_TOKENS} prompt tokens, {len(first['tokens'])} decoded",
             f"- machine: {first['machine']['cpu']}, {first['machine']['allowed_cores']} cores; commit {first['commit']}; {times[0]} to {times[-1]}",
             "- command: `.venv/bin/python scripts/measure_paging.py build/demo/4g.gguf --out docs/benchmarks/paging`, which says how; tables again: `--report`",
+            *(f"- disturbed: {file_name(cell_of(run), run['repeat'])}, others had {run['others_share']:.0%} of the processors" for run in runs if run.get("others_share", 0) > DISTURBED),
             *([f"- **NOT LIMITED: {', '.join(loose)}**"] if loose else []),
         ]
     ) + "\n"
