@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from spac.errors import OptionError, SpacError
+from spac.memory import MIB
 
 FORMAT: Final = 1
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -214,6 +215,16 @@ def per_token(record: Record, *names: str) -> float | None:
 def bytes_per_token(record: Record) -> float | None:
     """Read from the disk while decoding, for each token: the device's counter, or what a peer says of itself."""
     return per_token(record, "device_read_bytes", "own_read_bytes")
+
+
+def expert_share(record: Record) -> float | None:
+    """Share of the memory limit that a contender's own expert cache has: spac's budget, or the cache size that was found for a peer.
+
+    None without a limit, and where the page cache is the only one: what that holds is the kernel's choice.
+    """
+    limit = record["limits"]["memory_bytes"]
+    cache = record.get("expert", {}).get("budget_bytes") or record.get("tuning", {}).get("cache_mib", 0) * MIB
+    return cache / limit if limit and cache else None
 
 
 def tpot_s(record: Record) -> list[float]:

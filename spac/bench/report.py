@@ -105,7 +105,7 @@ def speed_table(groups: Groups) -> str:
     """Speed, bytes and memory."""
     header = [
         "row", "contender", "tokens/s, median (min to max)", "× fastest stock", "prefill tokens/s", "load, s", "MB a token", "GB read",
-        "peak", "page cache", "CPU s a token", "hits", "tokens equal", "runs", "remarks",
+        "peak", "page cache", "limit for experts", "CPU s a token", "hits", "tokens equal", "runs", "remarks",
     ]  # fmt: skip
     lines = [_line(header), "|" + "---|" * len(header)]
     for row_name, contenders in groups.items():
@@ -119,7 +119,8 @@ def speed_table(groups: Groups) -> str:
                 _middle(median(runs, records.prefill_tokens_per_s), "{:.1f}"), _middle(median(runs, lambda r: r.get("load_s")), "{:.2f}"),
                 _middle(median(runs, records.bytes_per_token), "{:.1f}", 1e-6),
                 _middle(median(runs, lambda r: r.get("device_read_bytes")), "{:.2f}", 1e-9), _bytes(runs, "peak_bytes"),
-                _bytes(runs, "page_cache_bytes"), _middle(median(runs, lambda r: records.per_token(r, "cpu_s")), "{:.3f}"),
+                _bytes(runs, "page_cache_bytes"), _middle(median(runs, records.expert_share), "{:.1%}"),
+                _middle(median(runs, lambda r: records.per_token(r, "cpu_s")), "{:.3f}"),
                 _middle(median(runs, lambda r: r.get("expert", {}).get("hit_rate")), "{:.1%}"),
                 equal_tokens(name, contenders), str(len(usable(runs))), remark(runs),
             ]  # fmt: skip

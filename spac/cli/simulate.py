@@ -55,7 +55,8 @@ def simulate(
         str | None, typer.Option(metavar="SIZE", help="Bytes of a bundle, where the trace does not say: 13M.", show_default=False)
     ] = None,
     reads: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Measured reads (scripts/measure_reads.cpp): predict tokens/s.", show_default=False)
+        str | None,
+        typer.Option(metavar="FILE", help="Measured reads (scripts/measure_paging.py --reads): predict tokens/s.", show_default=False),
     ] = None,
     read_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Reads are limited to so many bytes a second: 500M.", show_default=False)

@@ -1,7 +1,7 @@
 """From a replay to seconds: predicted tokens/s, and the bound that no order of reads and products can pass.
 
-All inputs are measured: reads by size and depth (scripts/measure_reads.cpp), compute from a trace recorded with all experts
-in memory, or from a run like that. Nothing is fitted.
+All inputs are measured: reads by size and number (scripts/measure_paging.py --reads), compute from a trace recorded with all
+experts in memory, or from a run like that. Nothing is fitted.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ PARTS: Final = 3  # slices that a bundle is read in: gate, up, down
 
 @dataclass(frozen=True)
 class Reads:
-    """Bandwidth of a bare reader, bytes/s, by size of a read in bytes and reads in flight."""
+    """Bandwidth of a bare reader, bytes/s, by size of a read in bytes and reads in flight (asked for at once, from none)."""
 
     by_size_and_depth: dict[tuple[int, int], float]
 
     @classmethod
     def load(cls, path: str) -> Reads:
-        """From what scripts/measure_reads.cpp prints: rows of KiB, depth, MB/s (threads' median first).
+        """From what scripts/measure_paging.py --reads prints: rows of KiB, depth, MB/s.
 
         Raises:
             OptionError: there are no such rows in the file.
@@ -41,7 +41,7 @@ class Reads:
         rows = re.findall(r"^\s*(\d+)\s+(\d+)\s+(\d+(?:\.\d+)?)", text, re.MULTILINE)
         table = {(int(kib) * 1024, int(depth)): float(rate) * 1e6 for kib, depth, rate in rows if float(rate) > 0 and int(depth) > 0}
         if not table:
-            raise OptionError(f"{path}: no rows of KiB, reads in flight and MB/s: run scripts/measure_reads.cpp")
+            raise OptionError(f"{path}: no rows of KiB, reads in flight and MB/s: run scripts/measure_paging.py --reads")
         return cls(table)
 
     def bytes_per_s(self, size: float, depth: float) -> float:
@@ -101,8 +101,9 @@ def decode_ubatches(trace: Trace) -> Array:
 def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip_tokens: int = 0) -> Prediction:
     """Time of a replay's decoded tokens, the first `skip_tokens` left out.
 
-    In each layer the pager computes what is there while the rest is read, slice by slice: the layer takes as long as the
-    longer of both, and the last slice's product comes after its read.
+    A layer's missing slices are read in the order of its products, READS_IN_FLIGHT at a time; those in flight share the disk
+    and are there together. A product computes what is there first, then each slice when it has come, and the next one waits
+    for it.
 
     Raises:
         OptionError: the trace does not know a bundle's bytes, or has no decoded tokens.
@@ -112,28 +113,33 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
     decoded = np.flatnonzero(decode_ubatches(trace))[skip_tokens:]
     if not len(decoded):
         raise OptionError("the trace has no decoded tokens to predict the time of")
-    missed, uses = replayed.missed[decoded].astype(float), replayed.uses[decoded].astype(float)
-    bundle_bytes = np.array(trace.bundle_bytes, float)
-    experts = uses * compute.expert_token_s
-    read = _read_seconds(missed, bundle_bytes, reads)
-    layers = np.where(missed > 0, np.maximum(experts, read + compute.expert_token_s / PARTS), experts)
+    missed, uses = replayed.missed[decoded], replayed.uses[decoded]
+    layers = 0.0
+    for layer, n_bytes in enumerate(trace.bundle_bytes):
+        visits, counts = np.unique(np.stack([uses[:, layer], missed[:, layer]], axis=1), axis=0, return_counts=True)
+        for (n_used, n_missed), count in zip(visits.tolist(), counts.tolist(), strict=True):
+            layers += count * _layer_s(n_used, n_missed, n_bytes, compute, reads)
     dense_s = max(0.0, compute.token_s - trace.n_layers * trace.n_used * compute.expert_token_s)
-    seconds = len(decoded) * dense_s + layers.sum()
-    slice_bytes = float(bundle_bytes.mean()) / PARTS
-    reading = (missed * bundle_bytes).sum() / reads.bytes_per_s(slice_bytes, READS_IN_FLIGHT)
+    seconds = len(decoded) * dense_s + layers
+    bundle_bytes = np.array(trace.bundle_bytes, float)
+    reading = (missed * bundle_bytes).sum() / reads.bytes_per_s(float(bundle_bytes.mean()) / PARTS, READS_IN_FLIGHT)
     bound = max(len(decoded) * compute.token_s, reading)
     return Prediction(len(decoded) / seconds, len(decoded) / bound)
 
 
-def _read_seconds(missed: Array, bundle_bytes: Array, reads: Reads) -> Array:
-    """Of each visit: its slices at once, at most READS_IN_FLIGHT in flight."""
-    seconds = np.zeros_like(missed)
-    for layer, n_bytes in enumerate(bundle_bytes):
-        for n in np.unique(missed[:, layer]):
-            if n > 0:
-                rate = reads.bytes_per_s(n_bytes / PARTS, min(READS_IN_FLIGHT, n * PARTS))
-                seconds[missed[:, layer] == n, layer] = n * n_bytes / rate
-    return seconds
+def _layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads: Reads) -> float:
+    """Seconds of one layer's experts, of which some must be read."""
+    slice_bytes, product_s = bundle_bytes / PARTS, compute.expert_token_s / PARTS
+    there: list[float] = []  # of the missing slices, when they have come
+    while len(there) < missed * PARTS:
+        n = min(READS_IN_FLIGHT, missed * PARTS - len(there))
+        there += [(there[-1] if there else 0.0) + n * slice_bytes / reads.bytes_per_s(slice_bytes, n)] * n
+    now = 0.0
+    for part in range(PARTS):
+        now += (used - missed) * product_s
+        for arrival in there[part * missed : (part + 1) * missed]:
+            now = max(now, arrival) + product_s
+    return now
 
 
 def limited(reads: Reads, bytes_per_s: float) -> Reads:

@@ -48,6 +48,18 @@ def cells(table: str, contender: str) -> dict[str, str]:
     raise AssertionError(f"{contender} is not in\n{table}")
 
 
+def test_share_of_the_limit_that_experts_have() -> None:
+    """spac says its budget, a peer's cache was searched for; the kernel's page cache is nobody's."""
+    limit = {"memory_bytes": 400 << 20, "read_bytes_per_s": None}
+    runs = [
+        make("spac", [1.0], limits=limit, expert={"hit_rate": 0.5, "budget_bytes": 300 << 20}),
+        make("bigmoe", [1.0], limits=limit, expert={"hit_rate": 0.5}, tuning={"cache_mib": 100}), make("stock:mmap", [1.0], limits=limit),
+    ]  # fmt: skip
+    table = report.markdown(runs)
+    assert [cells(table, name)["limit for experts"] for name in ("spac", "bigmoe", "stock:mmap")] == ["75.0%", "25.0%", ""]
+    assert record.expert_share(runs[0] | {"limits": {"memory_bytes": None}}) is None
+
+
 def test_percentiles_are_loadgens() -> None:
     """Index floor(n p / 100) of the sorted values, no interpolation."""
     assert [percentile([3, 1, 2, 4], p) for p in (0, 50, 90, 99, 100)] == [1, 3, 4, 4, 4]

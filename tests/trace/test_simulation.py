@@ -14,7 +14,7 @@ from spac.errors import OptionError
 from spac.trace.format import Trace
 from spac.trace.simulation import POLICIES, parse_cache
 from spac.trace.simulation import replay as run
-from spac.trace.timing import Compute, Reads, decode_ubatches, limited, predict
+from spac.trace.timing import Compute, Reads, _layer_s, decode_ubatches, limited, predict
 from tests.trace.conftest import MakeTrace
 
 FLAT = Reads({(1024, 1): 1e8, (1 << 20, 1): 1e8})
@@ -99,14 +99,22 @@ def test_without_misses_a_token_takes_its_compute(make_trace: MakeTrace) -> None
     assert prediction.bound_tokens_per_s == pytest.approx(100)
 
 
-def test_misses_cost_their_reads_less_what_hits_hide(make_trace: MakeTrace) -> None:
-    """3 MB at 100 MB/s: 30 ms a miss; the last slice's product, a third of an expert's, comes after it."""
+def test_misses_cost_their_reads_and_the_products_that_wait_for_them(make_trace: MakeTrace) -> None:
+    """Two misses of 3 MB at 100 MB/s are six slices: 60 ms, then all products of the layer."""
     trace = make_trace(tokens=1)
     result = run(trace, 64)  # all four layers miss both
     prediction = predict(trace, result, Compute(0.010, 0.001), FLAT)
-    assert 1 / prediction.tokens_per_s == pytest.approx(0.002 + 4 * (0.060 + 0.001 / 3))
+    assert 1 / prediction.tokens_per_s == pytest.approx(0.002 + 4 * (0.060 + 0.002))
     assert 1 / prediction.bound_tokens_per_s == pytest.approx(0.240)
     assert prediction.tokens_per_s < prediction.bound_tokens_per_s
+
+
+def test_reads_behind_the_first_six_come_later() -> None:
+    """Three misses are nine slices, six and then three: the third product's first six are there before its own."""
+    rates = Reads({(1 << 20, 1): 50e6, (1 << 20, 3): 100e6, (1 << 20, 6): 200e6})
+    assert _layer_s(3, 3, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(0.030 + 0.030 + 3 * 0.001)
+    assert _layer_s(4, 1, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(0.030 + 9 * 0.001)
+    assert _layer_s(4, 0, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(4 * 0.003)
 
 
 def test_reads_are_interpolated_and_limited(tmp_path: Path) -> None:
