@@ -8,23 +8,28 @@ decode is as correct without it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spac import control
-from spac.errors import OptionError
-from spac.estimator import TokenEstimator
+from spac.estimator import TokenEstimator, load, save
 from spac.estimator.foresight import Floats, foresight
+from spac.estimator.tokens import MEMORY_BYTES
 
 if TYPE_CHECKING:
     from spac.draft import Proposal
 
-SIGNALS: Final = ("tokens", "draft")
+_log = logging.getLogger(__name__)
+
+LEAST_MEMORY_BYTES: Final = 1 << 20  # for what the estimator remembers
+LEAST_LEARNED_TOKENS: Final = 32
 READ_FROM: Final = 0.9  # probability from which a guess is read ahead: docs/benchmarks/lookahead.md
 LEAST_CHANCE: Final = 0.02  # of a drafted token, to be looked up
 MAX_BATCH: Final = 65  # of more tokens, a prompt's, nothing is learned
@@ -35,21 +40,6 @@ IDLE_TOKENS: Final = 64  # so many without a miss: there is nothing to steer
 SAVED_STALL: Final = 0.07
 HYSTERESIS: Final = 1.3
 REMEMBERED_TOKENS: Final = 16  # running means are over about so many
-
-
-def parse_signals(text: str) -> tuple[str, ...]:
-    """What --signals means: names with commas between, "all" or "none".
-
-    Raises:
-        OptionError: there is no such signal.
-    """
-    if text in ("all", "none"):
-        return SIGNALS if text == "all" else ()
-    names = tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in SIGNALS:
-            raise OptionError(f"signal {name!r} does not exist: use {', '.join(SIGNALS)}, all or none")
-    return names
 
 
 @dataclass
@@ -96,20 +86,29 @@ class Foresight:
     Attributes:
         stats: by signal: "tokens" about the token decoded next, "draft" about the one after it.
         possible: whether this model's experts can be foreseen; else nothing may be called.
+        estimator: what the signals learned.
     """
 
-    def __init__(self, model_id: int, signals: Sequence[str] = SIGNALS, read_from: float = READ_FROM) -> None:
+    def __init__(
+        self, model_id: int, n_used: int, signals: Sequence[str], *, memory_bytes: int = MEMORY_BYTES, read_from: float = READ_FROM
+    ) -> None:
+        """`n_used`: experts of a layer that compute a token; `memory_bytes`: about what the estimator may hold."""
         layers = [layer.layer for layer in control.model_stats_by_layer(model_id)]
         info = control.model_info(model_id)
         self.signals = frozenset(signals)
-        self.stats = {name: SignalStats() for name in SIGNALS if name in self.signals}
+        self.stats = {name: SignalStats() for name in signals}
         # several sets of experts in a layer: their events could not be told apart
         self.possible = len(set(layers)) == len(layers) and info.n_bundles == len(layers) * info.n_experts
-        self.estimator: TokenEstimator | None = None  # made when the first token tells how many experts it uses
         self._read_from = read_from
         self._model_id = model_id
         self._place = {layer: i for i, layer in enumerate(layers)}
-        self._n_experts = info.n_experts
+        self.estimator = TokenEstimator(
+            max(1, len(self._place)),
+            info.n_experts,
+            n_used,
+            memory_bytes=max(memory_bytes, TokenEstimator.weights_bytes(len(layers), info.n_experts) + LEAST_MEMORY_BYTES),
+        )
+        self._learned_before = 0
         self._proposal: tuple[Proposal, Sequence[float]] | None = None
         self._pending: _Decoded | None = None
         self._now: Floats | None = None  # predicted for the token being decoded
@@ -120,6 +119,20 @@ class Foresight:
         self._stall_s, self._stalled_s = 0.0, 0.0  # a token's, running mean; all
         self._draft_s = 0.0  # running mean
         self._drafts = True
+
+    def load(self, path: Path, model: str) -> None:
+        """Take what was learned before, if the file is there and sound; `model` is the model's fingerprint."""
+        load(self.estimator, path, model)
+        self._learned_before = self.estimator.tokens_learned
+
+    def save(self, path: Path, model: str) -> None:
+        """Keep what was learned, if that is worth it; a file that cannot be written is named in one warning."""
+        if self.estimator.tokens_learned - self._learned_before < LEAST_LEARNED_TOKENS:
+            return
+        try:
+            save(self.estimator, path, model)
+        except OSError as e:
+            _log.warning("%s: what was learned of experts cannot be kept: %s", path, e.strerror or e)
 
     def horizon(self) -> int:
         """How many drafted tokens are worth their time: 0 where decoding does not wait for reads."""
@@ -150,13 +163,13 @@ class Foresight:
         self._learn(position, tokens)
         proposal, self._proposal = self._proposal, None
         self._now, self._drafted, self._after = None, self._after, None
-        if self.estimator is None or tokens is None or self._calm_tokens >= IDLE_TOKENS:
+        if tokens is None or self._calm_tokens >= IDLE_TOKENS:
             return
         drafts: list[list[tuple[int, float]]] = []
         if proposal is not None and "draft" in self.signals:
             drafts = _candidates(*proposal, len(tokens) - 1)
         known = [[(token, 1.0)] for token in tokens]
-        if "tokens" not in self.signals and not drafts:
+        if self.estimator.tokens_learned == 0 or ("tokens" not in self.signals and not drafts):
             return
         p = self.estimator.of_candidates([*known, *drafts])
         masses = np.array([sum(chance for _, chance in candidates) for candidates in drafts], np.float32)
@@ -187,8 +200,6 @@ class Foresight:
         if pending is not None and pending.routed is not None:
             stayed = position - pending.position if follows else 1
             routed = pending.routed[:stayed]
-            if self.estimator is None:
-                self.estimator = TokenEstimator(len(self._place), self._n_experts, routed.shape[2])
             if self._now is not None and "tokens" in self.stats:
                 self.stats["tokens"].add(self._now, routed[0])
             if self._drafted is not None and "draft" in self.stats:
@@ -196,13 +207,12 @@ class Foresight:
             self.estimator.learn(pending.tokens[:stayed], routed)
         if not follows:
             self._after = None
-            if self.estimator is not None:
-                self.estimator.start_request()
+            self.estimator.start_request()
 
     def _routed(self, first_event: int, n_tokens: int) -> NDArray[np.int64] | None:
         """What the tokens' layers chose: int64 [tokens, layers, k]; None if that is not known."""
         layers, experts = control.routing(self._model_id, first_event, n_tokens * len(self._place))
-        if len(layers) != n_tokens * len(self._place) or experts is None:
+        if len(layers) != n_tokens * len(self._place) or experts is None or experts.shape[1] != self.estimator.n_used:
             return None
         out = np.empty((n_tokens, len(self._place), experts.shape[1]), np.int64)
         for layer, place in self._place.items():

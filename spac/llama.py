@@ -9,6 +9,7 @@ import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import llama_cpp
@@ -23,9 +24,12 @@ from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
 
 if TYPE_CHECKING:
     from spac.draft import Proposal
+    from spac.engine import SignalStats
     from spac.trace.recorder import Recorder
 
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
+SIGNALS: Final = ("tokens", "draft")
+ESTIMATOR_DIVISOR: Final = 64  # the part of `memory` that what the signals learn may take, at most
 PAGINGS: Final = ("auto", "on", "off")
 
 _governor = Governor(
@@ -112,6 +116,10 @@ class Handle:
         if self._context is not None:
             self._context.cancel()
 
+    def signals(self) -> dict[str, SignalStats]:
+        """How good the predictions of experts were, by signal; empty if nothing is foreseen."""
+        return self._context.foresight.stats if self._context is not None and self._context.foresight is not None else {}
+
     def horizon(self) -> int:
         """How many drafted tokens it pays to know before the next decode, verified or not."""
         foresight = self._context.foresight if self._context is not None else None
@@ -160,6 +168,9 @@ class Llama(llama_cpp.Llama):
         n_io_threads: reads in flight; 0: libspac's default.
         repack: weights are rearranged for the CPU's faster kernels, as llama.cpp does by default: dense ones when they are
             loaded, paged experts each time that they are read (not with the store "mmap"). False is llama.cpp's --no-repack.
+        signals: what foresees experts, of "tokens" (those decoded next) and "draft" (those that `Speculation` guesses).
+        learned: file in which what the signals learned is kept from one instance to the next; "auto": in the user's cache
+            directory, by model; None: nowhere.
         record_routing: keep each token's experts, as `llama.spac.recorder` tells. Slows decoding down.
         on_progress: called while loading with 0.0 to 1.0; False cancels.
 
@@ -178,14 +189,15 @@ class Llama(llama_cpp.Llama):
         store: str = "auto",
         n_io_threads: int = 0,
         repack: bool = True,
-        signals: Sequence[str] = ("tokens", "draft"),
+        signals: Sequence[str] = SIGNALS,
+        learned: str | os.PathLike[str] | None = None,
         on_progress: Callable[[float], bool] | None = None,
         record_routing: bool = False,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() may be called on what was never finished
         self._spac_arguments = {"memory": memory, "paging": paging, "store": store, "n_io_threads": n_io_threads, "repack": repack}
-        self._signals = tuple(signals)
+        self._signals, self._learned = tuple(signals), learned
         self._prepare_arguments(memory, paging, store, kwargs)
         path = os.fspath(model_path)
         facts = check_model(path)
@@ -223,6 +235,9 @@ class Llama(llama_cpp.Llama):
             value = kwargs.get(name)
             if value is not None and (not isinstance(value, int) or value < 0 or (value == 0 and name in ("n_batch", "n_ubatch"))):
                 raise OptionError(f"{name} is {value!r}, expected a positive number")
+        for name in self._signals:
+            if name not in SIGNALS:
+                raise OptionError(f"signal {name!r} does not exist: use {', '.join(SIGNALS)}")
         given = memory.parse_memory(limit)
         self._automatic_limit = given is None
         self._limit_bytes = given if given is not None else memory.auto_limit_bytes()
@@ -340,16 +355,32 @@ class Llama(llama_cpp.Llama):
             memory.drop_own_file_cache()
         info = self.spac.info()
         if info is not None and self._signals:
-            from spac.engine import Foresight
-
-            foresight = Foresight(self.spac.model_id, self._signals)
-            context: Any = self._ctx
-            context.foresight = foresight if foresight.possible else None
+            self._foresee(self.spac.plan.limit_bytes)
         try:
             floor, compute = info.floor_bytes if info else 0, self.spac.plan.sizes.compute_bytes
             _governor.settle(self._member, floor, compute, self.context_params.n_ubatch)
         except BudgetError as e:
             raise BudgetError(f"{self.spac.facts.path}: {e}") from None
+
+    def _foresee(self, limit_bytes: int) -> None:
+        """Let experts of coming tokens be foreseen, by what is learned here and was learned before."""
+        from spac.engine import Foresight
+        from spac.estimator.tokens import MEMORY_BYTES
+
+        facts = self.spac.facts
+        memory_bytes = min(MEMORY_BYTES, limit_bytes // ESTIMATOR_DIVISOR)
+        foresight = Foresight(self.spac.model_id, facts.n_experts_used, self._signals, memory_bytes=memory_bytes)
+        if not foresight.possible:
+            return
+        context: Any = self._ctx
+        context.foresight = foresight
+        if self._learned is not None:
+            from spac.estimator import default_path, fingerprint
+
+            model = fingerprint(facts.parts)
+            path = default_path(model) if self._learned == "auto" else Path(self._learned)
+            foresight.load(path, model)
+            self._stack.callback(foresight.save, path, model)
 
     # -- llama_cpp.Llama's own methods --
 
@@ -410,7 +441,8 @@ class Llama(llama_cpp.Llama):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         ubatch = {"n_ubatch": None} if self._automatic_ubatch else {}
-        return {**state, **self._spac_arguments, **ubatch, "flash_attn": self._flash_attn}
+        learned = {"signals": self._signals, "learned": self._learned}
+        return {**state, **self._spac_arguments, **learned, **ubatch, "flash_attn": self._flash_attn}
 
 
 def _leave() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+_cache = tempfile.TemporaryDirectory(prefix="spac-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name  # what is learned by one run stays there, not in the user's
 
 import spac  # noqa: F401 - before any test imports llama_cpp: it says where the libraries are
 

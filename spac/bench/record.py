@@ -13,7 +13,6 @@ Keys of a record, besides those of `LimitedRun`:
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from spac.errors import OptionError, SpacError
+from spac.estimator import fingerprint
 from spac.memory import MIB
 
 FORMAT: Final = 1
@@ -85,15 +85,9 @@ def commit() -> str | None:
 
 def model_facts(parts: Sequence[Path]) -> dict[str, Any]:
     """Name, size, and a digest of the first megabyte (header and metadata) and the last."""
-    digest = hashlib.sha256()
-    for path in parts:
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
     return {
         "name": parts[0].name, "bytes": sum(path.stat().st_size for path in parts), "files": len(parts),
-        "sha256_of_ends": digest.hexdigest(),
+        "sha256_of_ends": fingerprint(parts),
     }  # fmt: skip
 
 

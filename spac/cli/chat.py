@@ -48,12 +48,15 @@ def chat(
     repack: opt.Repack = True,
     draft: opt.Draft = "auto",
     draft_max: opt.DraftMax = "auto",
+    horizon: opt.Horizon = "auto",
+    signals: opt.Signals = "all",
+    learned: opt.Learned = "auto",
     stats: opt.Stats = False,
     debug: opt.Debug = False,
 ) -> int:
     """Chat with a model. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves."""
-    options = opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug)
-    llama, speculation, load_s = opt.load_with_draft(options, draft, draft_max)
+    options = opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug, signals, learned)
+    llama, speculation, load_s = opt.load_with_draft(options, opt.DraftOptions(draft, draft_max, horizon))
     from spac.cli.conversation import Conversation
     from spac.generate import Sampling
 

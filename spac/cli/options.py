@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 # address space that Python's and our libraries take
 IMPORT_BYTES = 320 * MIB
-MOST_VERIFIED = 64  # as in spac.speculative, which is not imported for --help
+# as in spac.speculative and spac.engine, which are not imported for --help
+MOST_VERIFIED, MOST_SENSED = 64, 8
+SIGNALS = ("tokens", "draft")
 
 
 class Paging(StrEnum):
@@ -40,17 +42,38 @@ def _check_store(store: str) -> str:
     return store
 
 
-def parse_draft_max(text: str) -> int | Literal["auto"]:
-    """What --draft-max means."""
+def parse_count(name: str, text: str, most: int) -> int | Literal["auto"]:
+    """What --draft-max and --horizon mean."""
     if text == "auto":
         return "auto"
-    if not text.isascii() or not text.isdigit() or int(text) > MOST_VERIFIED:
-        raise typer.BadParameter(f"draft-max is {text!r}, expected 0 to {MOST_VERIFIED}, or auto")
+    if not text.isascii() or not text.isdigit() or int(text) > most:
+        raise typer.BadParameter(f"{name} is {text!r}, expected 0 to {most}, or auto")
     return int(text)
 
 
+def parse_signals(text: str) -> tuple[str, ...]:
+    """What --signals means."""
+    if text in ("all", "none"):
+        return SIGNALS if text == "all" else ()
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in SIGNALS:
+            raise typer.BadParameter(f"signal {name!r} does not exist: use {', '.join(SIGNALS)}, all or none")
+    return names
+
+
 def _check_draft_max(text: str) -> str:
-    parse_draft_max(text)
+    parse_count("draft-max", text, MOST_VERIFIED)
+    return text
+
+
+def _check_horizon(text: str) -> str:
+    parse_count("horizon", text, MOST_SENSED)
+    return text
+
+
+def _check_signals(text: str) -> str:
+    parse_signals(text)
     return text
 
 
@@ -98,6 +121,26 @@ DraftMax = Annotated[
         metavar="N|auto", callback=_check_draft_max, help="Verify at most so many guessed tokens at a time; auto: what pays, 0: none."
     ),
 ]
+Horizon = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto", callback=_check_horizon,
+        help="Guess at least so many tokens to know which experts to keep, verified or not; auto: what pays.",
+    ),
+]  # fmt: skip
+Signals = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES|none", callback=_check_signals,
+        help="What foresees experts: tokens (those decoded next), draft (those guessed after them), both: all.",
+    ),
+]  # fmt: skip
+Learned = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE|auto|off", help="Where what was learned of this model's experts is kept; auto: in the user's cache directory."
+    ),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Show timings and what paging did, on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show llama.cpp's log, and tracebacks.")]
 
@@ -115,7 +158,18 @@ class LoadOptions:
     paging: Paging
     repack: bool
     debug: bool
+    signals: str = "all"
+    learned: str = "auto"
     record_routing: bool = False
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """What a user asked for about drafting, as written."""
+
+    draft: str
+    draft_max: str
+    horizon: str
 
 
 def load(options: LoadOptions) -> tuple[Llama, float]:
@@ -137,19 +191,21 @@ def load(options: LoadOptions) -> tuple[Llama, float]:
     return llama, time.perf_counter() - begin
 
 
-def load_with_draft(options: LoadOptions, draft: str, draft_max: str) -> tuple[Llama, Speculation, float]:
+def load_with_draft(options: LoadOptions, drafting: DraftOptions) -> tuple[Llama, Speculation, float]:
     """Load a model and its draft into one memory limit; returns them and the seconds it took.
 
     Raises:
         SpacError: one of them cannot be loaded, or the draft cannot serve the model.
         KeyboardInterrupt: Ctrl-C came meanwhile.
     """
+    draft = drafting.draft
+    draft_max, horizon = parse_count("draft-max", drafting.draft_max, MOST_VERIFIED), parse_count("horizon", drafting.horizon, MOST_SENSED)
     if draft in ("off", "auto", "ngram"):
         llama, load_s = load(options)
         from spac.draft import NgramDraft
         from spac.speculative import Speculation
 
-        speculation = Speculation(NgramDraft() if draft == "ngram" else None, parse_draft_max(draft_max))
+        speculation = Speculation(NgramDraft() if draft == "ngram" else None, draft_max, horizon=horizon)
         with _closed_if_refused(llama):
             speculation.check(llama)
         return llama, speculation, load_s
@@ -164,10 +220,11 @@ def load_with_draft(options: LoadOptions, draft: str, draft_max: str) -> tuple[L
     if draft_facts.expert_bytes and options.paging is Paging.auto:
         options = replace(options, paging=Paging.on)  # experts of both share one budget
     small = replace(options, model=draft, ctx=options.ctx or facts.n_ctx_train, ubatch=DRAFT_UBATCH, record_routing=False)
+    small = replace(small, signals="none", learned="off")
     before = resident_bytes()
-    drafting = _show_loading(draft, lambda on_progress: DraftLlama(**_arguments(small), on_progress=on_progress))
-    with _closed_if_refused(drafting):
-        speculation = Speculation(ModelDraft(drafting), parse_draft_max(draft_max))
+    draft_llama = _show_loading(draft, lambda on_progress: DraftLlama(**_arguments(small), on_progress=on_progress))
+    with _closed_if_refused(draft_llama):
+        speculation = Speculation(ModelDraft(draft_llama), draft_max, horizon=horizon)
         taken_bytes = resident_bytes() - before
         try:
             llama, _ = load(options)
@@ -195,6 +252,8 @@ def _arguments(options: LoadOptions) -> dict[str, Any]:
         "paging": options.paging.value,
         "store": options.store,
         "repack": options.repack,
+        "signals": parse_signals(options.signals),
+        "learned": None if options.learned == "off" else options.learned,
         "n_ctx": options.ctx,
         "n_batch": max(512, options.ubatch or 0),
         "n_ubatch": options.ubatch,

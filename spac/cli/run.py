@@ -42,6 +42,9 @@ def run(
     repack: opt.Repack = True,
     draft: opt.Draft = "auto",
     draft_max: opt.DraftMax = "auto",
+    horizon: opt.Horizon = "auto",
+    signals: opt.Signals = "all",
+    learned: opt.Learned = "auto",
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write which experts each token used, for `spac simulate`.", show_default=False)
     ] = None,
@@ -53,8 +56,8 @@ def run(
     text = read_prompt(prompt, file)
     if trace is not None:
         check_writable(trace)
-    options = opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug, trace is not None)
-    llama, speculation, load_s = opt.load_with_draft(options, draft, draft_max)
+    options = opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug, signals, learned, trace is not None)
+    llama, speculation, load_s = opt.load_with_draft(options, opt.DraftOptions(draft, draft_max, horizon))
     from spac.generate import Sampling, generate, tokenize
 
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
@@ -181,4 +184,13 @@ def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any
         "paging": "on" if llama.spac.paged else "off",
         "expert": expert,
         "draft": draft,
+        "signals": {
+            name: {
+                "precision": signal.precision,
+                "recall": signal.recall,
+                "reads": stats.ahead_reads if stats is not None and name == "tokens" else 0,
+                "wasted_bytes": stats.wasted_bytes if stats is not None and name == "tokens" else 0,
+            }
+            for name, signal in llama.spac.signals().items()
+        },
     }

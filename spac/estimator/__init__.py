@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from spac.estimator.files import load, save
+from spac.estimator.files import default_path, fingerprint, load, save
 from spac.estimator.memory import RoutingMemory
 from spac.estimator.reliability import Reliability
 from spac.estimator.tokens import TokenEstimator
 
-__all__ = ["Reliability", "RoutingMemory", "TokenEstimator", "load", "save"]
+__all__ = ["Reliability", "RoutingMemory", "TokenEstimator", "default_path", "fingerprint", "load", "save"]

@@ -5,10 +5,12 @@ Sizes are checked in the archive's directory before anything is inflated, and no
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spac.estimator.memory import NO_TOKEN
-from spac.estimator.tokens import TokenEstimator
+from spac.estimator.tokens import MEMORY_BYTES, TokenEstimator
 
 _log = logging.getLogger(__name__)
 
@@ -25,10 +27,32 @@ _WEIGHTS = ("prior", "layer_weights", "class_weights", "links_in", "links_out")
 _NAMES = {"format", "model", "shape", "tokens_learned", "context", "ids", *_WEIGHTS}
 _WEIGHT_MAX = 1e4  # learned weights are of the size of 1; more is damage
 _HEADERS_BYTES = 1 << 16
+_END_BYTES = 1 << 20
 
 
 class _Unusable(ValueError):
     """A file that is not taken, with the reason."""
+
+
+def fingerprint(parts: Sequence[str | Path]) -> str:
+    """Of a model's files: SHA-256, in hex, of the first and the last megabyte of each, which are header, metadata and weights.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        with Path(part).open("rb") as file:
+            digest.update(file.read(_END_BYTES))
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _END_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def default_path(model: str) -> Path:
+    """Where what was learned of a model with this fingerprint is kept: in the user's cache directory."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "spac" / f"{model[:24]}.npz"
 
 
 def save(estimator: TokenEstimator, path: Path, model: str) -> None:
@@ -96,8 +120,8 @@ def _read(estimator: TokenEstimator, path: Path, model: str) -> dict[str, NDArra
         if names != _NAMES or len(archive.namelist()) != len(_NAMES):
             raise _Unusable("not written by this version of spac")
         size = sum(item.file_size for item in archive.infolist())
-        if size > 4 * memory.capacity * record_bytes + weights_bytes + _HEADERS_BYTES:
-            raise _Unusable(f"{size} bytes are more than an estimator of this size learns")
+        if size > 4 * max(memory.capacity * record_bytes, MEMORY_BYTES) + weights_bytes + _HEADERS_BYTES:
+            raise _Unusable(f"{size} bytes are more than an estimator learns")
     with np.load(path, allow_pickle=False) as file:
         arrays: dict[str, NDArray[Any]] = {name: file[name] for name in _NAMES}
     if arrays["format"].shape != () or arrays["format"].dtype != np.int64 or arrays["format"] != _FORMAT:

@@ -60,8 +60,7 @@ class TokenEstimator:
             raise OptionError(f"estimator: {n_layers} layers of {n_experts} experts, {n_used} used, rank {rank}: not a router's shape")
         self.n_layers, self.n_experts, self.n_used, self.rank = n_layers, n_experts, n_used, rank
         width = n_layers * n_experts
-        # links and as much scratch again; prior, drifts, outputs
-        weights_bytes = 4 * (4 * _INPUTS * rank * width + 40 * width) + 4 * SUPPORT_CLASSES * _FEATURES
+        weights_bytes = self.weights_bytes(n_layers, n_experts, rank)
         if memory_bytes <= weights_bytes:
             raise OptionError(f"estimator: {memory_bytes} bytes do not hold its weights; {weights_bytes} are needed, and more to learn")
         self.memory = RoutingMemory(n_layers, n_experts, n_used, memory_bytes - weights_bytes)
@@ -80,6 +79,12 @@ class TokenEstimator:
         self._request = 0
         self._before, self._previous = NO_TOKEN, NO_TOKEN
         self._previous_memory = np.zeros(width, np.float32)
+
+    @staticmethod
+    def weights_bytes(n_layers: int, n_experts: int, rank: int = RANK) -> int:
+        """What it holds before it remembers anything: links and as much scratch again; prior, drifts, outputs."""
+        width = n_layers * n_experts
+        return 4 * (4 * _INPUTS * rank * width + 40 * width) + 4 * SUPPORT_CLASSES * _FEATURES
 
     def start_request(self) -> None:
         """The next token follows none that was learned: contexts end, drifts fade."""
