@@ -203,6 +203,94 @@ TEST_CASE("a prefetch that may evict nothing does not hold up a worthier one wit
     CHECK(m.resident(0, 3));
 }
 
+//
+// what is foreseen
+//
+
+TEST_CASE("what is nearly certain is read ahead, layer by layer, into what is worth less") {
+    TestModel m;
+    Pager     pager(plenty);
+    pager.add_model(m.model, 0);
+    CHECK(m.foresee(pager, 1, { 5 }, 0.8f) == 0);  // not certain enough
+    CHECK(m.foresee(pager, 1, { 5, 6 }) == 4);
+    CHECK(m.foresee(pager, 1, { 5, 6 }) == 0);     // queued already
+    CHECK(read_all(pager) == 4);
+    CHECK(m.resident(1, 5));
+    CHECK(m.resident(1, 6));
+    CHECK(m.model->ahead_reads == 4);
+    CHECK(m.model->ahead_bytes == m.model->bytes_read);
+    pass(pager, m, nullptr, { { 5, 6 } });
+    CHECK(m.model->groups[1]->hits == 2);
+    CHECK(m.model->wasted_bytes == 0);
+    CHECK(pager.evict_all(*m.model) > 0);
+    CHECK(m.model->wasted_bytes == 0);  // they were used
+    check_accounts(pager, { &m });
+}
+
+TEST_CASE("a foreseen expert stays, one that is not foreseen goes") {
+    for (int kept : { 0, 1 }) {
+        TestModel m(Shape{ 1 });
+        Pager     pager(slices(4));
+        pager.add_model(m.model, 0);
+        fill_with_0_and_1(pager, m);
+        m.foresee(pager, 0, { kept });
+        m.prefetch(pager, 0, 2, 0.99f);
+        CHECK(read_all(pager) == 2);
+        CHECK(m.resident(0, kept));
+        CHECK_FALSE(m.resident(0, 1 - kept));
+    }
+}
+
+TEST_CASE("a guess waits while a demand is queued or read") {
+    TestModel m(Shape{ 3 });
+    Pager     pager(plenty);
+    pager.add_model(m.model, 0);
+    m.foresee(pager, 2, { 5 });
+    std::vector<State> seen;
+    m.store->on_read = [&] { seen.push_back(m.state(2, 0, 5)); };
+    begin(pager, m.tensor(0, 0), nullptr, { { 1 } });
+    CHECK(read_all(pager) == 4);
+    CHECK(m.experts_read() == std::vector<int>{ 1, 1, 5, 5 });
+    CHECK(seen[0] == State::queued);
+    CHECK(seen[1] == State::queued);
+}
+
+TEST_CASE("a wrong guess leaves the queue when the layer has chosen, a right one is a demand then") {
+    TestModel m(Shape{ 3 });
+    Pager     pager(plenty);
+    pager.add_model(m.model, 0);
+    CHECK(m.foresee(pager, 1, { 2, 3 }) == 4);
+    begin(pager, m.tensor(1, 0), nullptr, { { 3, 4 } });
+    CHECK(m.state(1, 0, 2) == State::absent);
+    CHECK(m.state(1, 1, 2) == State::absent);
+    read_all(pager);
+    CHECK(m.experts_read() == std::vector<int>{ 3, 4, 3, 4 });
+    CHECK(m.model->ahead_reads == 0);
+    m.prefetch(pager, 2, 7);  // what somebody asked for by name is no guess
+    begin(pager, m.tensor(2, 0), nullptr, { { 1 } });
+    CHECK(m.state(2, 0, 7) == State::queued);
+}
+
+TEST_CASE("a wrong guess that is being read is abandoned, and its room given back") {
+    TestModel m;
+    Pager     pager(plenty);
+    pager.add_model(m.model, 0);
+    bool begun = false;
+    m.store->on_read = [&] {
+        if (!begun) {
+            begun = true;
+            begin(pager, m.tensor(1, 0), nullptr, { { 4 } });
+        }
+    };
+    m.foresee(pager, 1, { 2 });
+    REQUIRE(read_one(pager));
+    // slices are smaller than a piece here: it was whole before anybody looked, so it stays until it is evicted, as waste
+    CHECK(m.model->wasted_bytes == 0);
+    CHECK(pager.evict_all(*m.model) == 1);
+    CHECK(m.model->wasted_bytes == m.tensor(1, 0).slice_bytes);
+    check_accounts(pager, { &m });
+}
+
 TEST_CASE("an op's head pushes out anything idle but other heads, what comes behind it only what no op will use") {
     TestModel m;
     Pager     pager(slices(4));

@@ -180,6 +180,19 @@ struct TestModel {
         const spac_bundle bundle = { first_layer + layer, expert, deadline, utility };
         return pager.prefetch(*model, &bundle, 1);
     }
+
+    // The next token will use these experts of a layer, with this probability; nothing else is known.
+    int foresee(Pager & pager, int layer, const std::vector<int> & experts, float now = 1) {
+        std::vector<float> chances((size_t) model->n_bundles(), 0), later(chances), rest(chances.size(), 1);
+        int first = 0;
+        for (int i = 0; i < layer; ++i) {
+            first += model->groups[i]->n_experts;
+        }
+        for (int e : experts) {
+            chances[(size_t) (first + e)] = now;
+        }
+        return pager.foresee(*model, { chances.data(), later.data(), rest.data(), 0.9f });
+    }
 };
 
 // A context that is known to a pager.
