@@ -148,7 +148,7 @@ def _stream(
     begin = time.perf_counter()
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     with (
-        contextlib.closing(_make_sampler(sampling)) as sampler,
+        contextlib.closing(make_sampler(sampling)) as sampler,
         contextlib.closing(speculation.tokens(llama, prompt, sampler, max_tokens)) as tokens,
     ):
         try:
@@ -192,7 +192,8 @@ def reuse_prefix(llama: Llama, prompt: Sequence[int]) -> int:
     return int(llama.n_tokens)
 
 
-def _make_sampler(sampling: Sampling) -> Any:
+def make_sampler(sampling: Sampling) -> Any:
+    """llama.cpp's sampler chain; to be closed."""
     sampler: Any = internals.LlamaSampler()  # type: ignore[no-untyped-call]
     if sampling.temperature == 0:
         sampler.add_greedy()

@@ -59,6 +59,7 @@ class Handle:
     Attributes:
         plan: how the model was loaded into the limit; None with paging="off".
         facts: what the model's headers say.
+        keep_learned: whether `learned` is written at the end.
         recorder: with record_routing=True: `recorder.trace()` is what was routed so far.
     """
 
@@ -66,6 +67,7 @@ class Handle:
         self.facts = facts
         self.plan: Plan | None = None
         self.recorder: Recorder | None = None
+        self.keep_learned = True
         self._model: seam.Model | None = None
         self._context: seam.Context | None = None
 
@@ -380,7 +382,7 @@ class Llama(llama_cpp.Llama):
             model = fingerprint(facts.parts)
             path = default_path(model) if self._learned == "auto" else Path(self._learned)
             foresight.load(path, model)
-            self._stack.callback(foresight.save, path, model)
+            self._stack.callback(lambda: foresight.save(path, model) if self.spac.keep_learned else None)
 
     # -- llama_cpp.Llama's own methods --
 

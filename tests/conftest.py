@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import spac  # noqa: F401 - before any test imports llama_cpp: it says where the libraries are
+
 _cache = tempfile.TemporaryDirectory(prefix="spac-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name  # what is learned by one run stays there, not in the user's
-
-import spac  # noqa: F401 - before any test imports llama_cpp: it says where the libraries are
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from spac.bench.prompt import Prompt
 from spac.bench.suite import Row
+from spac.bench.worker import DRAFTING, read_events
 from spac.errors import OptionError, SpacError
 from spac.limits import LimitedRun, Limits
 
@@ -24,6 +25,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 STOCK_FOLDER: Final = ROOT / "build" / "stock" / "lib"
 STOCK_MODES: Final = ("mmap", "direct", "mlock", "none")
 ARGUMENT_BYTES: Final = 120_000  # Linux takes 128 KiB in one argument
+SIGNAL_SETS: Final = {"none": [], "tokens": ["tokens"], "draft": ["draft"], "all": ["tokens", "draft"]}
 SHORT: Final = {"io_threads": "n_io_threads"}
 TEXTS: Final = ("paging", "store")  # their "on" is a word
 OWN: Final = ("memory", "model_path", "n_ctx", "n_ubatch", "n_threads", "n_threads_batch", "on_progress", "verbose")  # the row sets these
@@ -184,8 +186,6 @@ class _Worker(Contender):
         return dict(self.arguments)
 
     def figures(self, run: LimitedRun, command: Command) -> dict[str, Any]:
-        from spac.bench.worker import read_events
-
         return read_events(run.stdout, command.prompts)
 
 
@@ -216,15 +216,25 @@ class Stock(_Worker):
 
 
 class Spac(_Worker):
-    """spac, with any argument of `spac.Llama` as an option; `memory` is the row's."""
+    """spac, with any argument of `spac.Llama` as an option; `memory` is the row's. `draft` is a GGUF file or ngram.
+
+    `learned` names a file that is read and not changed, so that each run knows the same.
+    """
 
     engine = "spac"
 
     def __init__(self, spec: Spec) -> None:
         if spec.words:
             raise OptionError(f"contender {spec.text!r}: {spec.words[0]!r} is not name=value")
-        arguments = {SHORT.get(name, name): parse_value(name, value) for name, value in spec.values.items() if name != "tokens"}
-        known = _llama_arguments() - set(OWN)
+        arguments: dict[str, Any] = {}
+        for name, value in spec.values.items():
+            if name != "tokens":
+                arguments[SHORT.get(name, name)] = parse_value(name, value)
+        if "signals" in arguments:
+            if arguments["signals"] not in SIGNAL_SETS:
+                raise OptionError(f"contender {spec.text!r}: signals is {arguments['signals']!r}, expected {', '.join(SIGNAL_SETS)}")
+            arguments["signals"] = SIGNAL_SETS[str(arguments["signals"])]
+        known = (_llama_arguments() | set(DRAFTING)) - set(OWN)
         for name in arguments:
             if name not in known:
                 raise OptionError(f"contender {spec.text!r}: spac.Llama takes no {name!r}, or the row sets it")

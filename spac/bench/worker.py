@@ -8,6 +8,7 @@ that was killed says how far it came. `read_events` makes a record of such outpu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -22,6 +23,7 @@ from spac.bench.prompt import Prompt
 DEFAULTS: Final[dict[str, Any]] = {
     "arguments": {}, "ctx": 1024, "ubatch": 64, "threads": 2, "prompt_tokens": 0, "tokens": 64, "warm": False, "loadgen_folder": "",
 }  # fmt: skip
+DRAFTING: Final = ("draft", "draft_max", "horizon")  # arguments of spac, besides what spac.Llama takes
 
 
 def emit(event: str, **values: Any) -> None:
@@ -34,7 +36,7 @@ def emit(event: str, **values: Any) -> None:
 
 def load(config: dict[str, Any]) -> Any:
     """The engine: `llama_cpp.Llama` or `spac.Llama`, with the same settings."""
-    arguments = dict(config["arguments"])
+    arguments = {name: value for name, value in config["arguments"].items() if name not in DRAFTING}
     common = {
         "n_ctx": config["ctx"], "n_batch": max(512, config["ubatch"]), "n_ubatch": config["ubatch"], "n_threads": config["threads"],
         "n_threads_batch": config["threads"], "verbose": False,
@@ -42,13 +44,31 @@ def load(config: dict[str, Any]) -> Any:
     if config["engine"] == "spac":
         import spac
 
-        return spac.Llama(config["model"], **common, **arguments)
+        llama = spac.Llama(config["model"], **common, **arguments)
+        llama.spac.keep_learned = False  # each run begins with what was there
+        return llama
     import llama_cpp
 
     if not arguments["repack"]:
         _turn_repacking_off()
     _set_stock_modes(arguments["load_mode"])
     return llama_cpp.Llama(config["model"], **common)
+
+
+def load_draft(config: dict[str, Any]) -> Any:
+    """spac's drafts, loaded before the model, in the same limit; None if there is none."""
+    arguments = config["arguments"]
+    if not arguments.get("draft"):
+        return None
+    from spac.draft import DraftLlama, ModelDraft, NgramDraft
+    from spac.speculative import Speculation
+
+    if arguments["draft"] == "ngram":
+        draft: Any = NgramDraft()
+    else:
+        options = {"memory": arguments["memory"], "n_ctx": config["ctx"], "n_threads": config["threads"]}
+        draft = ModelDraft(DraftLlama(arguments["draft"], signals=(), verbose=False, **options))
+    return Speculation(draft, arguments.get("draft_max", 0), horizon=arguments.get("horizon", "auto"))
 
 
 def _turn_repacking_off() -> None:
@@ -99,6 +119,7 @@ class Engine:
 
         self.config = config
         self.device = device_of(Path(config["model"]))
+        self.speculation = load_draft(config)
         self.llama = load(config)
         self.eval_s = 0.0  # in llama_decode; the rest of a token's time is sampling and Python
         evaluate = self.llama.eval
@@ -129,7 +150,19 @@ class Engine:
     def tokens(self, prompt: list[int]) -> Iterator[int]:
         """The answer, greedily: one token and as many more as were asked for."""
         self.forget()
+        if self.speculation is not None:
+            return self._drafted(prompt)
         return itertools.islice(self.llama.generate(prompt, temp=0.0, top_k=1), self.config["tokens"] + 1)
+
+    def _drafted(self, prompt: list[int]) -> Iterator[int]:
+        from spac.generate import Sampling, make_sampler
+
+        self.llama.eval(prompt)
+        with (
+            contextlib.closing(make_sampler(Sampling(temperature=0))) as sampler,
+            contextlib.closing(self.speculation.tokens(self.llama, prompt, sampler, self.config["tokens"] + 1)) as tokens,
+        ):
+            yield from itertools.islice(tokens, self.config["tokens"] + 1)
 
     def counters(self) -> dict[str, float]:
         """What has been counted since the load."""
@@ -213,6 +246,7 @@ def summary(engine: Engine) -> dict[str, Any]:
         found["paged"] = handle.paged
         if stats is not None and info is not None:
             found["expert"] = {**dataclasses.asdict(stats), "hit_rate": stats.hit_rate, "store": info.store}
+            found["signals"] = {name: dataclasses.asdict(signal) for name, signal in handle.signals().items()}
             found["layers"] = [dataclasses.asdict(layer) for layer in handle.stats_by_layer()]
     return found
 

@@ -13,7 +13,7 @@ Floats = NDArray[np.float32]
 
 # Found on the first half of the demo model's requests (scripts/estimator_study.py); the optimum is flat.
 STEP_DISCOUNT = np.float32(0.7)  # of a known use a token later, as Policy::step_discount
-TAIL = np.float32(2.0)  # of the pager's own value, after the known tokens
+TAIL = np.float32(2.0)  # of the pager's own value, after tokens that are known beyond those decoded next
 
 def foresight(now: Floats, coming: Floats) -> Floats:
     """What the pager is told.
@@ -33,5 +33,5 @@ def foresight(now: Floats, coming: Floats) -> Floats:
         unused *= 1 - p
         discount *= STEP_DISCOUNT
     np.clip(unused, 0, 1, out=unused)
-    out[2] = TAIL * discount * unused
+    out[2] = (TAIL if len(coming) else 1) * discount * unused
     return out
