@@ -113,14 +113,13 @@ def _shape(estimator: TokenEstimator) -> NDArray[np.int64]:
 def _read(estimator: TokenEstimator, path: Path, model: str) -> dict[str, NDArray[Any]]:
     """Every array, checked."""
     memory = estimator.memory
-    record_bytes = memory.ids.itemsize * memory.width + memory.context.itemsize * memory.context.shape[1]
     weights_bytes = sum(getattr(estimator, key).nbytes for key in _WEIGHTS)
     with zipfile.ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         if names != _NAMES or len(archive.namelist()) != len(_NAMES):
             raise _Unusable("not written by this version of spac")
         size = sum(item.file_size for item in archive.infolist())
-        if size > 4 * max(memory.capacity * record_bytes, MEMORY_BYTES) + weights_bytes + _HEADERS_BYTES:
+        if size > MEMORY_BYTES + weights_bytes + _HEADERS_BYTES:
             raise _Unusable(f"{size} bytes are more than an estimator learns")
     with np.load(path, allow_pickle=False) as file:
         arrays: dict[str, NDArray[Any]] = {name: file[name] for name in _NAMES}

@@ -25,7 +25,7 @@ PROMPT = "The open() system call"
 GREEDY = ("--temp", "0", "-n", "12", "--ctx", "512")
 JSON_KEYS = {
     "text", "token_ids", "prompt_tokens", "completion_tokens", "load_s", "prefill_s", "decode_s", "prefill_tokens_per_s",
-    "decode_tokens_per_s", "memory_limit_bytes", "peak_rss_bytes", "cpu_s", "paging", "expert", "finish", "draft",
+    "decode_tokens_per_s", "memory_limit_bytes", "peak_rss_bytes", "cpu_s", "paging", "expert", "finish", "draft", "signals",
 }  # fmt: skip
 EXPERT_KEYS = {
     "budget_bytes", "peak_bytes", "hits", "misses", "hit_rate", "bytes_read", "reads", "stall_s", "floor_bytes", "store",
@@ -50,6 +50,8 @@ def test_json_is_one_object_and_text_the_completion(cli: Cli, model_path: Path) 
     assert result.err == ""
     assert set(report) == JSON_KEYS
     assert set(report["expert"]) == EXPERT_KEYS
+    assert set(report["signals"]) == {"tokens", "draft"}
+    assert set(report["signals"]["tokens"]) == {"precision", "recall", "reads", "wasted_bytes"}
     assert report["paging"] == "on"
     assert report["text"].strip() == plain.out.strip()
     assert PROMPT not in report["text"]
@@ -273,3 +275,34 @@ def test_a_reader_that_leaves(model_path: Path) -> None:
     process.stdout.close()
     assert process.wait(60) in (0, 1)
     assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--signals", "stars", "signal 'stars' does not exist: use tokens, draft, all or none"),
+        ("--horizon", "9", "horizon is '9', expected 0 to 8, or auto"),
+        ("--horizon", "-1", "horizon is '-1', expected 0 to 8, or auto"),
+    ],
+)
+def test_lookahead_options_without_meaning(cli: Cli, model_path: Path, option: str, value: str, complaint: str) -> None:
+    result = cli("run", model_path, "-p", PROMPT, f"{option}={value}")
+    assert result.code == 2
+    assert complaint in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_what_was_learned_is_kept_and_changes_no_answer(cli: Cli, model_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "learned.npz"
+    options = ("run", model_path, "-p", PROMPT, "-n", "60", "--temp", "0", "--paging", "on", "--memory", "400M")
+    plain = cli(*options, "--signals", "none", "--learned", "off")
+    assert plain.err == ""
+    first, second = cli(*options, "--learned", file), cli(*options, "--learned", file)
+    assert file.is_file()
+    assert plain.code == 0
+    assert plain.out == first.out == second.out
+    assert second.err == ""
+    file.write_text("broken")
+    broken = cli(*options, "--learned", file)
+    assert broken.out == plain.out
+    assert broken.code == 0

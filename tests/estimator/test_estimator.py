@@ -330,7 +330,7 @@ def test_foreign_and_broken_files_are_ignored(saved: tuple[TokenEstimator, Path]
 def test_a_file_that_would_inflate_beyond_measure_is_not_inflated(saved: tuple[TokenEstimator, Path], caplog: pytest.LogCaptureFixture) -> None:
     _, path = saved
     with np.load(path) as file:
-        arrays = {**dict(file), "ids": np.zeros((50_000_000, 1), np.uint8)}
+        arrays = {**dict(file), "ids": np.zeros((100_000_000, 1), np.uint8)}
     np.savez_compressed(path, **arrays)
     refused(path, "model", caplog)
     assert "more than" in caplog.text
