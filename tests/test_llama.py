@@ -269,7 +269,7 @@ def test_closing_twice_and_using_what_is_closed(model_path: Path) -> None:
 
 
 def test_a_failing_read_is_an_error_then_all_is_well(model_path: Path) -> None:
-    llama = load(model_path, store="mock")
+    llama = load(model_path, store="mock", signals=())  # a guess that cannot be read is no error, and would take the failure
     set_budget(llama, 0.25)
     expected = ids(llama, 8)
     llama.spac.evict_all()
@@ -291,7 +291,7 @@ def test_a_failing_read_is_an_error_then_all_is_well(model_path: Path) -> None:
 
 def test_a_failed_decode_can_be_continued(model_path: Path) -> None:
     """What was in the context before the failed token still is: the next try gives the right token."""
-    llama = load(model_path, store="mock")
+    llama = load(model_path, store="mock", signals=())
     set_budget(llama, 0.0)
     tokens = llama.tokenize(PROMPT.encode())
     expected = ids(llama, 3)
