@@ -230,6 +230,12 @@ class Spac(_Worker):
         for name, value in spec.values.items():
             if name != "tokens":
                 arguments[SHORT.get(name, name)] = parse_value(name, value)
+        for name in ("draft", "learned"):  # the run's working directory is another one
+            if arguments.get(name, "ngram") not in ("ngram", "auto"):
+                file = Path(str(arguments[name])).resolve()
+                if not file.is_file():
+                    raise OptionError(f"contender {spec.text!r}: {name}: there is no file {arguments[name]}")
+                arguments[name] = str(file)
         if "signals" in arguments:
             if arguments["signals"] not in SIGNAL_SETS:
                 raise OptionError(f"contender {spec.text!r}: signals is {arguments['signals']!r}, expected {', '.join(SIGNAL_SETS)}")
