@@ -38,6 +38,9 @@ IDLE_TOKENS: Final = 64  # so many without a miss: there is nothing to steer
 
 # A draft that is only sensed saves about this part of the time that decoding waits for reads (docs/benchmarks/lookahead.md).
 SAVED_STALL: Final = 0.07
+# Where decoding waits for reads for more than this part of the time, the disk has no idle time to read ahead in.
+BUSY_SHARE: Final = 0.8
+NEVER: Final = 2.0  # a probability from which nothing is read ahead
 HYSTERESIS: Final = 1.3
 REMEMBERED_TOKENS: Final = 16  # running means are over about so many
 
@@ -117,7 +120,7 @@ class Foresight:
         self._next_event = 0
         self._misses, self._calm_tokens = 0, 0
         self._stall_s, self._stalled_s = 0.0, 0.0  # a token's, running mean; all
-        self._draft_s = 0.0  # running mean
+        self._draft_s, self._decode_s, self._begun_s = 0.0, 0.0, 0.0  # running means; when the decode began
         self._drafts = True
 
     def load(self, path: Path, model: str) -> None:
@@ -159,7 +162,7 @@ class Foresight:
         Args:
             position: of the first one in its sequence.
         """
-        begin = time.perf_counter()
+        begin = self._begun_s = time.perf_counter()
         self._learn(position, tokens)
         proposal, self._proposal = self._proposal, None
         self._now, self._drafted, self._after = None, self._after, None
@@ -169,14 +172,15 @@ class Foresight:
         if proposal is not None and "draft" in self.signals:
             drafts = _candidates(*proposal, len(tokens) - 1)
         known = [[(token, 1.0)] for token in tokens]
-        if self.estimator.tokens_learned == 0 or ("tokens" not in self.signals and not drafts):
+        read_from = self._read_from if self._stall_s < BUSY_SHARE * self._decode_s else NEVER
+        if self.estimator.tokens_learned == 0 or (not drafts and ("tokens" not in self.signals or read_from >= NEVER)):
             return
         p = self.estimator.of_candidates([*known, *drafts])
         masses = np.array([sum(chance for _, chance in candidates) for candidates in drafts], np.float32)
         coming = p[len(tokens) :] * masses[:, None, None]
         self._now, self._after = p[0], coming[0] if drafts and len(tokens) == 1 else None
         now = 1 - np.prod(1 - p[: len(tokens)], axis=0) if "tokens" in self.signals else np.zeros_like(p[0])
-        control.foresee(self._model_id, foresight(now, coming), self._read_from)
+        control.foresee(self._model_id, foresight(now, coming), read_from)
         if drafts:
             self._draft_s += (time.perf_counter() - begin) / REMEMBERED_TOKENS
 
@@ -190,6 +194,7 @@ class Foresight:
         if tokens is None:
             return
         self._stall_s += (stalled_s / len(tokens) - self._stall_s) / REMEMBERED_TOKENS
+        self._decode_s += ((time.perf_counter() - self._begun_s) / len(tokens) - self._decode_s) / REMEMBERED_TOKENS
         if self._calm_tokens < IDLE_TOKENS and stats.events - first == len(tokens) * len(self._place):
             self._pending = _Decoded(position, tokens, self._routed(first, len(tokens)))
 

@@ -164,6 +164,21 @@ def test_drafts_are_not_made_where_nothing_is_waited_for(model_path: Path, draft
     llama.close()
 
 
+@pytest.mark.parametrize(("stall_s", "reads"), [(0.09, False), (0.05, True)])
+def test_nothing_is_read_ahead_where_the_disk_is_busy(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, stall_s: float, reads: bool
+) -> None:
+    llama = load(model_path)
+    answers(llama, n_prompts=2)
+    told: list[float] = []
+    monkeypatch.setattr(control, "foresee", lambda _, __, read_from: told.append(read_from))
+    engine = foresight_of(llama)
+    engine._stall_s, engine._decode_s = stall_s, 0.1
+    engine.before(llama.n_tokens, [5])
+    assert told == ([0.9] if reads else [])
+    llama.close()
+
+
 def test_numbers_that_are_no_probabilities_are_refused(model_path: Path) -> None:
     llama = load(model_path)
     good = np.zeros((3, 10, 32), np.float32)
