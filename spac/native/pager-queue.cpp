@@ -24,12 +24,16 @@ static constexpr size_t piece_bytes       = 1 << 20;
 // the queue
 //
 
-// Puts an absent slice into the queue, or a queued one nearer its front.
-void Pager::enqueue(PagedTensor & tensor, int expert, int deadline, double rank, Op * op) {
+// Puts an absent slice into the queue, or a queued one nearer its front; a guess moves only guesses. A layer's tensors may differ
+// in their number of experts: what a tensor does not have is not queued.
+void Pager::enqueue(PagedTensor & tensor, int expert, int deadline, double rank, Op * op, bool guess) {
+    if (expert >= tensor.n_experts) {
+        return;
+    }
     Slice & slice = tensor.slices[expert];
     const State state = slice.state;
     if (state == State::queued) {
-        if (slice.deadline < deadline || (slice.deadline == deadline && slice.rank <= rank)) {
+        if ((guess && !slice.guess) || slice.deadline < deadline || (slice.deadline == deadline && slice.rank <= rank)) {
             return;
         }
         dequeue(tensor, expert);
@@ -37,7 +41,7 @@ void Pager::enqueue(PagedTensor & tensor, int expert, int deadline, double rank,
         return;
     }
     slice.deadline = deadline;
-    slice.guess    = false;
+    slice.guess    = guess;
     slice.rank     = rank;
     slice.op       = op;
     slice.state    = State::queued;
@@ -242,11 +246,7 @@ int Pager::foresee(Model & model, const Foresight & foresight) {
                 continue;
             }
             for (PagedTensor * part : group->parts) {
-                Slice & slice = part->slices[e];
-                if (slice.state == State::absent || slice.guess) {
-                    enqueue(*part, e, prefetch_deadline + group->index, -(double) foresight.now[at + e], nullptr);
-                    slice.guess = slice.state == State::queued || slice.state == State::reading;
-                }
+                enqueue(*part, e, prefetch_deadline + group->index, -(double) foresight.now[at + e], nullptr, true);
             }
         }
         at += (size_t) group->n_experts;

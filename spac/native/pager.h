@@ -185,7 +185,7 @@ class Pager {
     void finish_op(Op & op);
 
     // the queue
-    void enqueue(PagedTensor & tensor, int expert, int deadline, double rank, Op * op);
+    void enqueue(PagedTensor & tensor, int expert, int deadline, double rank, Op * op, bool guess = false);
     void dequeue(PagedTensor & tensor, int expert);
     bool take_job(Job & job);
     ReadResult read_ahead(PagedTensor & tensor, int expert);
