@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from spac import control
 from spac.estimator import TokenEstimator, load, save
-from spac.estimator.foresight import Floats, foresight
-from spac.estimator.tokens import MEMORY_BYTES
+from spac.estimator.foresight import foresight
+from spac.estimator.tokens import Floats
 
 if TYPE_CHECKING:
     from spac.draft import Proposal
@@ -30,13 +30,12 @@ _log = logging.getLogger(__name__)
 
 LEAST_MEMORY_BYTES: Final = 1 << 20  # for what the estimator remembers
 LEAST_LEARNED_TOKENS: Final = 32
-READ_FROM: Final = 0.9  # probability from which a guess is read ahead: docs/benchmarks/lookahead.md
+READ_FROM: Final = 0.9  # probability from which a guess is read ahead: docs/lookahead.md
 LEAST_CHANCE: Final = 0.02  # of a drafted token, to be looked up
-MAX_BATCH: Final = 65  # of more tokens, a prompt's, nothing is learned
 HORIZON: Final = 4  # tokens; beyond it a draft is rarely right
 IDLE_TOKENS: Final = 64  # so many without a miss: there is nothing to steer
 
-# A draft that is only sensed saves about this part of the time that decoding waits for reads (docs/benchmarks/lookahead.md).
+# A draft that is only sensed saves about this part of the time that decoding waits for reads (docs/lookahead.md).
 SAVED_STALL: Final = 0.07
 # Where decoding waits for reads for more than this part of the time, the disk has no idle time to read ahead in.
 BUSY_SHARE: Final = 0.8
@@ -88,29 +87,34 @@ class Foresight:
 
     Attributes:
         stats: by signal: "tokens" about the token decoded next, "draft" about the one after it.
-        possible: whether this model's experts can be foreseen; else nothing may be called.
         estimator: what the signals learned.
     """
 
-    def __init__(
-        self, model_id: int, n_used: int, signals: Sequence[str], *, memory_bytes: int = MEMORY_BYTES, read_from: float = READ_FROM
-    ) -> None:
-        """`n_used`: experts of a layer that compute a token; `memory_bytes`: about what the estimator may hold."""
+    @classmethod
+    def of_model(cls, model_id: int, n_used: int, signals: Sequence[str], memory_bytes: int) -> Foresight | None:
+        """For a paged model; None if its experts cannot be foreseen.
+
+        Args:
+            n_used: experts of a layer that compute a token.
+            memory_bytes: about what the estimator may hold.
+        """
         layers = [layer.layer for layer in control.model_stats_by_layer(model_id)]
         info = control.model_info(model_id)
+        # several sets of experts in a layer: their events could not be told apart
+        if len(set(layers)) < len(layers) or info.n_bundles != len(layers) * info.n_experts or not 0 < n_used <= info.n_experts:
+            return None
+        least = TokenEstimator.weights_bytes(len(layers), info.n_experts) + LEAST_MEMORY_BYTES
+        estimator = TokenEstimator(len(layers), info.n_experts, n_used, memory_bytes=max(memory_bytes, least))
+        return cls(model_id, layers, estimator, signals)
+
+    def __init__(self, model_id: int, layers: Sequence[int], estimator: TokenEstimator, signals: Sequence[str]) -> None:
+        """`layers`: block numbers, in the order of computing."""
         self.signals = frozenset(signals)
         self.stats = {name: SignalStats() for name in signals}
-        # several sets of experts in a layer: their events could not be told apart
-        self.possible = len(set(layers)) == len(layers) and info.n_bundles == len(layers) * info.n_experts
-        self._read_from = read_from
+        self.estimator = estimator
+        self._read_from = READ_FROM
         self._model_id = model_id
         self._place = {layer: i for i, layer in enumerate(layers)}
-        self.estimator = TokenEstimator(
-            max(1, len(self._place)),
-            info.n_experts,
-            n_used,
-            memory_bytes=max(memory_bytes, TokenEstimator.weights_bytes(len(layers), info.n_experts) + LEAST_MEMORY_BYTES),
-        )
         self._learned_before = 0
         self._proposal: tuple[Proposal, Sequence[float]] | None = None
         self._pending: _Decoded | None = None

@@ -20,15 +20,14 @@ from spac.errors import BudgetError, DecodeError, OptionError, SpacError
 from spac.gguf_check import ModelFacts, check_model
 from spac.governor import Governor
 from spac.plan import VOCABULARY_FACTOR, Paging, Plan, Sizes, make_plan, paged_ubatch
-from spac.stats import LayerStats, ModelInfo, ModelStats, RoutingEvent
+from spac.stats import SIGNALS, LayerStats, ModelInfo, ModelStats, RoutingEvent
 
 if TYPE_CHECKING:
     from spac.draft import Proposal
-    from spac.engine import SignalStats
+    from spac.engine import Foresight, SignalStats
     from spac.trace.recorder import Recorder
 
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
-SIGNALS: Final = ("tokens", "draft")
 ESTIMATOR_DIVISOR: Final = 64  # the part of `memory` that what the signals learn may take, at most
 PAGINGS: Final = ("auto", "on", "off")
 
@@ -118,14 +117,17 @@ class Handle:
         if self._context is not None:
             self._context.cancel()
 
+    @property
+    def _foresight(self) -> Foresight | None:
+        return self._context.foresight if self._context is not None else None
+
     def signals(self) -> dict[str, SignalStats]:
         """How good the predictions of experts were, by signal; empty if nothing is foreseen."""
-        return self._context.foresight.stats if self._context is not None and self._context.foresight is not None else {}
+        return self._foresight.stats if self._foresight is not None else {}
 
     def horizon(self) -> int:
         """How many drafted tokens it pays to know before the next decode, verified or not."""
-        foresight = self._context.foresight if self._context is not None else None
-        return foresight.horizon() if foresight is not None else 0
+        return self._foresight.horizon() if self._foresight is not None else 0
 
     def propose(self, proposal: Proposal, chances: Sequence[float], draft_s: float = 0.0) -> None:
         """Say which tokens may follow the last one sampled: it tells the pager what to keep in memory.
@@ -134,8 +136,8 @@ class Handle:
             chances: of each proposed token, that it and those before it come.
             draft_s: seconds that the proposal took, to find out whether it pays.
         """
-        if self._context is not None and self._context.foresight is not None:
-            self._context.foresight.propose(proposal, chances, draft_s)
+        if self._foresight is not None:
+            self._foresight.propose(proposal, chances, draft_s)
 
     def forget_cancel(self) -> None:
         """Undo a `cancel()` that came when nothing was running."""
@@ -371,8 +373,8 @@ class Llama(llama_cpp.Llama):
 
         facts = self.spac.facts
         memory_bytes = min(MEMORY_BYTES, limit_bytes // ESTIMATOR_DIVISOR)
-        foresight = Foresight(self.spac.model_id, facts.n_experts_used, self._signals, memory_bytes=memory_bytes)
-        if not foresight.possible:
+        foresight = Foresight.of_model(self.spac.model_id, facts.n_experts_used, self._signals, memory_bytes)
+        if foresight is None:
             return
         context: Any = self._ctx
         context.foresight = foresight

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import llama_cpp._internals
 import llama_cpp.llama_cpp as upstream
@@ -23,6 +23,8 @@ from spac.gguf_check import EXPERT_PATTERN
 if TYPE_CHECKING:
     from spac.engine import Foresight
     from spac.trace.recorder import Recorder
+
+MAX_FORESEEN: Final = 65  # tokens: a larger batch is a prompt's, of which nothing is foreseen or learned
 
 internals: Any = llama_cpp._internals  # its classes are replaced here
 _StockModel: Any = internals.LlamaModel
@@ -179,8 +181,9 @@ class Context(_StockContext):  # type: ignore[misc]
                 raise DecodeError("the model is closed")
             n_tokens = int(batch.batch.n_tokens)
             self._before_decode(n_tokens)
+            position, tokens = _single_sequence(batch.batch) if self.foresight is not None else (0, None)
             if self.foresight is not None:
-                self.foresight.before(*_single_sequence(batch.batch))
+                self.foresight.before(position, tokens)
             if self._recorder is not None:
                 self._recorder.before_decode()
             code = upstream.llama_decode(self.ctx, batch.batch)
@@ -190,7 +193,7 @@ class Context(_StockContext):  # type: ignore[misc]
                 raise self._error("llama_decode", code)
             self._after_decode(n_tokens)
             if self.foresight is not None:
-                self.foresight.after(*_single_sequence(batch.batch))
+                self.foresight.after(position, tokens)
 
     def encode(self, batch: Any) -> None:
         """As `decode`, for encoders."""
@@ -243,10 +246,8 @@ class Context(_StockContext):  # type: ignore[misc]
 
 def _single_sequence(batch: Any) -> tuple[int, list[int] | None]:
     """First position and tokens of a batch of a few tokens of sequence 0; no tokens if it is another kind of batch."""
-    from spac.engine import MAX_BATCH
-
     n = int(batch.n_tokens)
-    if n > MAX_BATCH or not batch.token or any(batch.n_seq_id[i] != 1 or batch.seq_id[i][0] != 0 for i in range(n)):
+    if n > MAX_FORESEEN or not batch.token or any(batch.n_seq_id[i] != 1 or batch.seq_id[i][0] != 0 for i in range(n)):
         return 0, None
     return int(batch.pos[0]), list(batch.token[:n])
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+
+SIGNALS: Final = ("tokens", "draft")  # what foresees experts: docs/lookahead.md
 
 
 @dataclass(frozen=True)

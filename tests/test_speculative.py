@@ -65,6 +65,15 @@ def answer(
     return result
 
 
+def stopped(llama: spac.Llama, prompt: list[int], n: int, speculation: Speculation, error: type[spac.SpacError]) -> Generation:
+    """An answer that an error ends."""
+    result, pieces = generate(llama, prompt, Sampling(temperature=0), n, speculation)
+    with pytest.raises(error):
+        for _ in pieces:
+            pass
+    return result
+
+
 def logits_at(llama: spac.Llama, index: int = -1) -> Any:
     return np.ctypeslib.as_array(llama._ctx.get_logits_ith(index), (llama.n_vocab(),)).copy()
 
@@ -308,10 +317,7 @@ def test_cancel_in_the_middle(llama: spac.Llama) -> None:
             llama.spac.cancel()
 
     llama.reset()
-    result, pieces = generate(llama, prompt, Sampling(temperature=0), 12, Speculation(Repeat([5, 6], before=cancel), 2))
-    with pytest.raises(spac.Cancelled):
-        for _ in pieces:
-            pass
+    result = stopped(llama, prompt, 12, Speculation(Repeat([5, 6], before=cancel), 2), spac.Cancelled)
     assert result.token_ids == expected[:6]
     assert llama.input_ids[: llama.n_tokens].tolist() == prompt + expected[:5]
     rest, pieces = generate(llama, prompt + expected[:6], Sampling(temperature=0), 6, Speculation(Repeat([5, 6]), 2))
@@ -325,10 +331,7 @@ def test_a_cancelled_draft(llama: spac.Llama, draft: ModelDraft) -> None:
     """Ctrl-C may come while the draft decodes; it is forgotten with the answer."""
     speculation = Speculation(draft, 2)
     speculation.cancel()
-    result, pieces = generate(llama, tokenize(llama), Sampling(temperature=0), 12, speculation)
-    with pytest.raises(spac.Cancelled):
-        for _ in pieces:
-            pass
+    result = stopped(llama, tokenize(llama), 12, speculation, spac.Cancelled)
     assert len(result.token_ids) == 1
     speculation.cancel()
     speculation.forget_cancel()
@@ -349,10 +352,7 @@ def test_a_read_that_fails_in_a_verification(model_path: Path) -> None:
                 control.check(control.spac_mock_fail_reads(llama.spac.model_id, 0, 1, errno.EIO))
 
         llama.reset()
-        result, pieces = generate(llama, prompt, Sampling(temperature=0), 8, Speculation(Repeat([5, 6], before=fail), 2))
-        with pytest.raises(spac.ExpertReadError):
-            for _ in pieces:
-                pass
+        result = stopped(llama, prompt, 8, Speculation(Repeat([5, 6], before=fail), 2), spac.ExpertReadError)
         assert result.token_ids == expected[:4]
         assert llama.n_tokens == len(prompt) + 3
         rest, pieces = generate(llama, prompt + expected[:4], Sampling(temperature=0), 4, Speculation(Repeat([5, 6]), 2))

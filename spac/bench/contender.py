@@ -20,12 +20,13 @@ from spac.bench.suite import Row
 from spac.bench.worker import DRAFTING, read_events
 from spac.errors import OptionError, SpacError
 from spac.limits import LimitedRun, Limits
+from spac.stats import SIGNALS
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 STOCK_FOLDER: Final = ROOT / "build" / "stock" / "lib"
 STOCK_MODES: Final = ("mmap", "direct", "mlock", "none")
 ARGUMENT_BYTES: Final = 120_000  # Linux takes 128 KiB in one argument
-SIGNAL_SETS: Final = {"none": [], "tokens": ["tokens"], "draft": ["draft"], "all": ["tokens", "draft"]}
+SIGNAL_SETS: Final = {"none": (), **{name: (name,) for name in SIGNALS}, "all": SIGNALS}
 SHORT: Final = {"io_threads": "n_io_threads"}
 TEXTS: Final = ("paging", "store")  # their "on" is a word
 OWN: Final = ("memory", "model_path", "n_ctx", "n_ubatch", "n_threads", "n_threads_batch", "on_progress", "verbose")  # the row sets these

@@ -14,6 +14,7 @@ import typer
 from spac.cli import terminal
 from spac.errors import BudgetError, Cancelled
 from spac.memory import MIB, check_address_space, format_bytes, resident_bytes
+from spac.stats import SIGNALS
 
 if TYPE_CHECKING:
     from spac.llama import Llama
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
 # address space that Python's and our libraries take
 IMPORT_BYTES = 320 * MIB
-# as in spac.speculative and spac.engine, which are not imported for --help
-MOST_VERIFIED, MOST_SENSED = 64, 8
-SIGNALS = ("tokens", "draft")
+MOST_VERIFIED, MOST_SENSED = 64, 8  # as in spac.speculative, which is not imported for --help
 
 
 class Paging(StrEnum):
@@ -42,8 +41,10 @@ def _check_store(store: str) -> str:
     return store
 
 
-def parse_count(name: str, text: str, most: int) -> int | Literal["auto"]:
-    """What --draft-max and --horizon mean."""
+Count = int | Literal["auto"]
+
+
+def _count(name: str, text: str, most: int) -> Count:
     if text == "auto":
         return "auto"
     if not text.isascii() or not text.isdigit() or int(text) > most:
@@ -51,8 +52,15 @@ def parse_count(name: str, text: str, most: int) -> int | Literal["auto"]:
     return int(text)
 
 
-def parse_signals(text: str) -> tuple[str, ...]:
-    """What --signals means."""
+def _draft_max(text: str) -> Count:
+    return _count("draft-max", text, MOST_VERIFIED)
+
+
+def _horizon(text: str) -> Count:
+    return _count("horizon", text, MOST_SENSED)
+
+
+def _signals(text: str) -> tuple[str, ...]:
     if text in ("all", "none"):
         return SIGNALS if text == "all" else ()
     names = tuple(dict.fromkeys(text.split(",")))
@@ -60,21 +68,6 @@ def parse_signals(text: str) -> tuple[str, ...]:
         if name not in SIGNALS:
             raise typer.BadParameter(f"signal {name!r} does not exist: use {', '.join(SIGNALS)}, all or none")
     return names
-
-
-def _check_draft_max(text: str) -> str:
-    parse_count("draft-max", text, MOST_VERIFIED)
-    return text
-
-
-def _check_horizon(text: str) -> str:
-    parse_count("horizon", text, MOST_SENSED)
-    return text
-
-
-def _check_signals(text: str) -> str:
-    parse_signals(text)
-    return text
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file; the first part of a split model.", show_default=False)]
@@ -116,22 +109,22 @@ Draft = Annotated[
     ),
 ]
 DraftMax = Annotated[
-    str,
+    Any,
     typer.Option(
-        metavar="N|auto", callback=_check_draft_max, help="Verify at most so many guessed tokens at a time; auto: what pays, 0: none."
+        metavar="N|auto", parser=_draft_max, help="Verify at most so many guessed tokens at a time; auto: what pays, 0: none."
     ),
 ]
 Horizon = Annotated[
-    str,
+    Any,
     typer.Option(
-        metavar="N|auto", callback=_check_horizon,
+        metavar="N|auto", parser=_horizon,
         help="Guess at least so many tokens to know which experts to keep, verified or not; auto: what pays.",
     ),
 ]  # fmt: skip
 Signals = Annotated[
-    str,
+    Any,
     typer.Option(
-        metavar="NAMES|none", callback=_check_signals,
+        metavar="NAMES|none", parser=_signals,
         help="What foresees experts: tokens (those decoded next), draft (those guessed after them), both: all.",
     ),
 ]  # fmt: skip
@@ -158,18 +151,18 @@ class LoadOptions:
     paging: Paging
     repack: bool
     debug: bool
-    signals: str = "all"
+    signals: tuple[str, ...] = SIGNALS
     learned: str = "auto"
     record_routing: bool = False
 
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """What a user asked for about drafting, as written."""
+    """What a user asked for about drafting."""
 
     draft: str
-    draft_max: str
-    horizon: str
+    draft_max: Count
+    horizon: Count
 
 
 def load(options: LoadOptions) -> tuple[Llama, float]:
@@ -199,13 +192,12 @@ def load_with_draft(options: LoadOptions, drafting: DraftOptions) -> tuple[Llama
         KeyboardInterrupt: Ctrl-C came meanwhile.
     """
     draft = drafting.draft
-    draft_max, horizon = parse_count("draft-max", drafting.draft_max, MOST_VERIFIED), parse_count("horizon", drafting.horizon, MOST_SENSED)
     if draft in ("off", "auto", "ngram"):
         llama, load_s = load(options)
         from spac.draft import NgramDraft
         from spac.speculative import Speculation
 
-        speculation = Speculation(NgramDraft() if draft == "ngram" else None, draft_max, horizon=horizon)
+        speculation = Speculation(NgramDraft() if draft == "ngram" else None, drafting.draft_max, horizon=drafting.horizon)
         with _closed_if_refused(llama):
             speculation.check(llama)
         return llama, speculation, load_s
@@ -219,12 +211,12 @@ def load_with_draft(options: LoadOptions, drafting: DraftOptions) -> tuple[Llama
 
     if draft_facts.expert_bytes and options.paging is Paging.auto:
         options = replace(options, paging=Paging.on)  # experts of both share one budget
-    small = replace(options, model=draft, ctx=options.ctx or facts.n_ctx_train, ubatch=DRAFT_UBATCH, record_routing=False)
-    small = replace(small, signals="none", learned="off")
+    small = replace(options, model=draft, ctx=options.ctx or facts.n_ctx_train, ubatch=DRAFT_UBATCH)
+    small = replace(small, signals=(), learned="off", record_routing=False)
     before = resident_bytes()
     draft_llama = _show_loading(draft, lambda on_progress: DraftLlama(**_arguments(small), on_progress=on_progress))
     with _closed_if_refused(draft_llama):
-        speculation = Speculation(ModelDraft(draft_llama), draft_max, horizon=horizon)
+        speculation = Speculation(ModelDraft(draft_llama), drafting.draft_max, horizon=drafting.horizon)
         taken_bytes = resident_bytes() - before
         try:
             llama, _ = load(options)
@@ -252,7 +244,7 @@ def _arguments(options: LoadOptions) -> dict[str, Any]:
         "paging": options.paging.value,
         "store": options.store,
         "repack": options.repack,
-        "signals": parse_signals(options.signals),
+        "signals": options.signals,
         "learned": None if options.learned == "off" else options.learned,
         "n_ctx": options.ctx,
         "n_batch": max(512, options.ubatch or 0),

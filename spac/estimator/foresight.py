@@ -7,13 +7,13 @@ farther off it is; what is beyond the known tokens is left to the pager's own va
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from spac.estimator.tokens import Floats
 
-# Found on the first half of the demo model's requests (scripts/estimator_study.py); the optimum is flat.
+# Found on the demo model's requests, of which scripts/lookahead_study.py shows the held-back half; the optimum is flat.
 STEP_DISCOUNT = np.float32(0.7)  # of a known use a token later, as Policy::step_discount
 TAIL = np.float32(2.0)  # of the pager's own value, after tokens that are known beyond those decoded next
+
 
 def foresight(now: Floats, coming: Floats) -> Floats:
     """What the pager is told.

@@ -83,6 +83,7 @@ bool Pager::take_job(Job & job) {
             slice.op    = nullptr;
             slice.state = State::reading;
             slice.abandoned = false;
+            slice.retry = false;
             ++(ahead ? n_reading_ahead_ : n_reading_);
             count_present(job.tensor->group->bundles[job.expert], 1);
             used_ += bytes;
@@ -132,7 +133,7 @@ void Pager::read_and_finish(const Job & job, Lock & lock) {
     } else {
         model.read_errors.fetch_add(1, std::memory_order_relaxed);
         slice.os_error = result.os_error;
-        slice.state    = State::failed;
+        slice.state    = slice.retry ? State::absent : State::failed;
         release(tensor, job.expert);
     }
     arrived_.notify_all();

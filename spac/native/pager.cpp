@@ -366,9 +366,11 @@ void Pager::begin_visit(PagedTensor & tensor, spac_context & context, const std:
     for (PagedTensor * part : group.parts) {
         for (int32_t e : needed) {
             visit.open[(size_t) part->part * group.n_experts + e] = 1;
-            ++part->slices[e].upcoming;
-            if (part->slices[e].state == State::failed) {
-                part->slices[e].state = State::absent;  // try again
+            Slice & slice = part->slices[e];
+            ++slice.upcoming;
+            slice.retry = slice.state == State::reading;
+            if (slice.state == State::failed) {
+                slice.state = State::absent;  // try again
             }
         }
     }

@@ -627,6 +627,26 @@ TEST_CASE("a failed prefetch gives its room back and stops nobody, and is tried 
     CHECK(taken(pager, context).code == SPAC_OK);
 }
 
+TEST_CASE("a read that fails after a layer began which did not ask for it stops nobody, and is tried again") {
+    TestModel m(Shape{ 2, 1 });
+    Pager     pager(plenty);
+    pager.add_model(m.model, 0);
+    Context context(pager);
+    Walk    walk;
+    m.store->bad_offset = m.tensor(0, 0).slice_offset(1);
+    m.store->on_read    = [&] {
+        if (!walk.op) {
+            walk = begin(pager, m.tensor(0, 0), &context, { { 1 } });
+        }
+    };
+    m.foresee(pager, 0, { 1 });
+    REQUIRE(read_one(pager));
+    CHECK(m.model->read_errors == 1);
+    m.store->bad_offset = -1;
+    CHECK(use(pager, m, *walk.op, 1));
+    CHECK(taken(pager, context).code == SPAC_OK);
+}
+
 TEST_CASE("cancelling wakes threads that wait for reads, and the next pass is good") {
     TestModel m;
     Pager     pager(plenty);
