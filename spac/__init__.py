@@ -81,11 +81,20 @@ def _prepare(folder: Path | None) -> None:
         from spac.errors import LibraryError
 
         raise LibraryError(f"llama_cpp was already imported with the libraries in {loaded}: import spac before llama_cpp")
-    os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(folder))
-    os.environ.setdefault("MTMD_CPP_LIB", str(folder))
+    # A compute thread that waits for another spins for a while before it sleeps: by libgomp's default for milliseconds, since it knows
+    # nothing of the reading threads that want the core. What follows is tens of microseconds on x86, where a pause takes that long.
+    spins = 5_000 if os.uname().machine == "x86_64" else 50_000
+    ours = {"LLAMA_CPP_LIB_PATH": str(folder), "MTMD_CPP_LIB": str(folder)}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        ours["GOMP_SPINCOUNT"] = str(spins)
+    for name, value in ours.items():
+        if name not in os.environ:
+            os.environ[name] = value
+            variables_set.add(name)
 
 
 library_folder = _find_library_folder()
+variables_set: set[str] = set()  # environment variables that this import gave a value: not for other programs that we start
 _prepare(library_folder)
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import spac
+
 _ROOT = Path("/sys/fs/cgroup")
 _SECTOR_BYTES = 512
 _PERIOD_US = 100_000  # of the processor quota; the kernel's default
@@ -321,11 +323,12 @@ def run_limited(
         watch = _Watch(group, on_sample)
         out, err = stack.enter_context(tempfile.TemporaryFile()), stack.enter_context(tempfile.TemporaryFile())
         before, start, usage = device_read_bytes(device), time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        inherited = {name: value for name, value in os.environ.items() if name not in spac.variables_set}
         # the shell enters the group before it becomes the command, so that nothing of the command is outside
         enter = "".join(f"echo $$ > '{folder}/cgroup.procs' && " for folder in (group.folders if group else ()))
         process = subprocess.Popen(
             ["/bin/sh", "-c", enter + 'exec "$@"', "sh", *command],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(environment or {})}, cwd=folder,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**inherited, **(environment or {})}, cwd=folder,
         )  # fmt: skip
         interrupted = timed_out = False
         try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import spac
 from spac import limits
 from spac.limits import Limits, run_limited
 
@@ -132,16 +134,22 @@ def test_without_groups_nothing_pretends(tmp_path: Path, monkeypatch: pytest.Mon
     assert run_limited(["true"]).peak_bytes is None
 
 
-def test_ctrl_c_leaves_what_was_printed() -> None:
-    """The command interrupts us; it is killed, and what it had printed is kept."""
+def test_ctrl_c_leaves_what_was_printed(tmp_path: Path) -> None:
+    """We are interrupted once the command has printed; it is killed, and what it had printed is kept."""
+    printed = tmp_path / "printed"
+
+    def interrupt() -> None:
+        if printed.exists():
+            signal.raise_signal(signal.SIGINT)
+
     with pytest.raises(limits.RunInterrupted) as caught:
-        run_limited(["/bin/sh", "-c", "echo before; kill -INT $PPID; exec sleep 60"])
+        run_limited(["/bin/sh", "-c", f"echo before; touch '{printed}'; exec sleep 60"], on_sample=interrupt)
     assert caught.value.run.stdout == "before\n"
     assert caught.value.run.returncode == -9
 
 
 def test_a_command_that_takes_too_long() -> None:
-    run = run_limited(["/bin/sh", "-c", "echo before; exec sleep 60"], timeout_s=0.2)
+    run = run_limited(["/bin/sh", "-c", "echo before; exec sleep 60"], timeout_s=2)
     assert (run.timed_out, run.returncode, run.stdout) == (True, -9, "before\n")
 
 
@@ -154,3 +162,11 @@ def test_dropping_the_page_cache_is_seen(tmp_path: Path) -> None:
     assert limits.cached_bytes([path]) == 1 << 20
     limits.drop_page_cache([path])
     assert limits.cached_bytes([path]) < 1 << 20
+
+
+def test_a_command_does_not_inherit_what_importing_spac_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPAC_TEST_OURS", "1")
+    monkeypatch.setenv("SPAC_TEST_THEIRS", "2")
+    monkeypatch.setattr(spac, "variables_set", {"SPAC_TEST_OURS"})
+    code = "import os; print(os.environ.get('SPAC_TEST_OURS'), os.environ.get('SPAC_TEST_THEIRS'))"
+    assert run_limited([sys.executable, "-c", code]).stdout == "None 2\n"

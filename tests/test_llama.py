@@ -430,6 +430,16 @@ import spac
     assert "import spac before llama_cpp" in result.stderr
 
 
+@pytest.mark.parametrize(("given", "used"), [({}, True), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, False)])
+def test_waiting_threads_spin_for_a_short_time_unless_the_user_says_how_long(given: dict[str, str], used: object) -> None:
+    code = "import os, spac; print(os.environ.get('GOMP_SPINCOUNT'), 'GOMP_SPINCOUNT' in spac.variables_set)"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | given
+    value, ours = run_python(code, env=environment).stdout.split()
+    assert ours == str(used is True)
+    assert value == used if isinstance(used, str) else (value != "None") == used
+
+
 def test_import_sets_the_library_paths() -> None:
     code = "import os, spac; print(os.environ['LLAMA_CPP_LIB_PATH'] == str(spac.library_folder) == os.environ['MTMD_CPP_LIB'])"
     environment = {k: v for k, v in os.environ.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")}

@@ -335,6 +335,13 @@ bool Pager::make_room(const Job & job, Claim claim, Refusal & refusal) {
     if (refusal.full && claim != Claim::anything_idle && (claim == Claim::not_upcoming ? refusal.nothing : own_score <= refusal.score)) {
         return false;  // an earlier job of this search found out
     }
+    Heir heir = { job.tensor, job.expert, nullptr, nullptr };
+    job.tensor->inner_pages(job.expert, heir.begin, heir.end);
+    uint8_t * const first = heir.begin;
+    const auto refuse = [&] {
+        drop_pages(*job.tensor, first, heir.begin);
+        return false;
+    };
     // evicting may change what is needed: a boundary page may no longer be shared
     while (used_ + job.tensor->own_page_bytes(job.expert) > budget_) {
         Victim victim = cheapest();
@@ -342,20 +349,20 @@ bool Pager::make_room(const Job & job, Claim claim, Refusal & refusal) {
         refusal.nothing = !victim.tensor;
         refusal.score   = victim.tensor ? victim.score : HUGE_VAL;
         if (victim.tensor && claim == Claim::worth_less && victim.score >= own_score) {
-            return false;
+            return refuse();
         }
         if (!victim.tensor && claim == Claim::anything_idle) {
             victim = spare_upcoming(job.tensor->slices[job.expert].op);
         }
-        if (!victim.tensor || !evict(*victim.tensor, victim.expert)) {
-            return false;
+        if (!victim.tensor || !evict(*victim.tensor, victim.expert, &heir)) {
+            return refuse();
         }
     }
     return true;
 }
 
 // False if a compute thread got there first.
-bool Pager::evict(PagedTensor & tensor, int expert) {
+bool Pager::evict(PagedTensor & tensor, int expert, Heir * heir) {
     Slice & slice = tensor.slices[expert];
     if (slice.state != State::resident) {
         return false;
@@ -370,22 +377,40 @@ bool Pager::evict(PagedTensor & tensor, int expert) {
         tensor.model->wasted_bytes.fetch_add(tensor.slice_bytes, std::memory_order_relaxed);
         slice.ahead = false;
     }
-    release(tensor, expert);
+    release(tensor, expert, heir);
     return true;
 }
 
 // Gives back the pages of a slice that is present no more.
-void Pager::release(PagedTensor & tensor, int expert) {
+void Pager::release(PagedTensor & tensor, int expert, Heir * heir) {
     uint8_t * address;
     size_t    length;
     tensor.own_pages(expert, address, length);
-    if (length > 0) {
-        const uint64_t offset = tensor.offset - (uint64_t) (tensor.data - address);
-        tensor.model->store->drop(*tensor.file, address, length, offset);
-    }
     used_ -= length;
     tensor.model->used_bytes -= length;
+    drop_pages(tensor, heir ? leave_pages(tensor, expert, address, address + length, *heir) : address, address + length);
     count_present(tensor.group->bundles[expert], -1);
+}
+
+// Lets the heir have pages instead of giving them back: the kernel would have to find and zero others for it. Returns the first
+// that it did not take.
+uint8_t * Pager::leave_pages(PagedTensor & tensor, int expert, uint8_t * begin, uint8_t * end, Heir & heir) {
+    while (begin < end && heir.begin < heir.end) {
+        const size_t length = std::min(tensor.same_mapping(expert, begin, end), heir.tensor->same_mapping(heir.expert, heir.begin, heir.end));
+        const size_t moved  = heir.tensor->model->store->move(begin, heir.begin, length);
+        begin += moved;
+        heir.begin += moved;
+        if (moved < length) {
+            break;
+        }
+    }
+    return begin;
+}
+
+void Pager::drop_pages(PagedTensor & tensor, uint8_t * begin, uint8_t * end) {
+    if (begin < end) {
+        tensor.model->store->drop(*tensor.file, begin, (size_t) (end - begin), tensor.offset - (uint64_t) (tensor.data - begin));
+    }
 }
 
 }  // namespace spac

@@ -170,6 +170,13 @@ class Pager {
         bool   nothing = false;  // nothing can be evicted that no op will use
         double score   = 0;      // the cheapest such slice's
     };
+    // A slice that something is evicted for, and those of its pages that it still lacks.
+    struct Heir {
+        PagedTensor * tensor;
+        int           expert;
+        uint8_t *     begin;
+        uint8_t *     end;
+    };
     // How much a read may push out, by what waits for it.
     enum class Claim { worth_less, not_upcoming, anything_idle };
 
@@ -204,8 +211,10 @@ class Pager {
     void count_present(Bundle & bundle, int change);
     Victim cheapest() const;            // among slices that no op will use
     Victim spare_upcoming(const Op * op) const;  // among the others: for a head, or when the budget shrinks
-    bool evict(PagedTensor & tensor, int expert);
-    void release(PagedTensor & tensor, int expert);
+    bool evict(PagedTensor & tensor, int expert, Heir * heir = nullptr);
+    void release(PagedTensor & tensor, int expert, Heir * heir = nullptr);
+    uint8_t * leave_pages(PagedTensor & tensor, int expert, uint8_t * begin, uint8_t * end, Heir & heir);
+    void drop_pages(PagedTensor & tensor, uint8_t * begin, uint8_t * end);
 
     std::mutex              setup_mutex_;  // held over add_model() and remove_model(), before mutex_
     std::mutex              mutex_;

@@ -396,6 +396,49 @@ TEST_CASE("accounts hold at any budget from the floor on, for slices of any size
     }
 }
 
+TEST_CASE("what is evicted leaves its pages to the slice that it made room for; accounts hold with and without, huge pages or not") {
+    std::mt19937 random(5);
+    for (size_t slice_bytes : { 3 * page_size() + 96, ((size_t) 9 << 19) + 96 }) {
+        for (bool moves : { false, true }) {
+            CAPTURE(slice_bytes);
+            CAPTURE(moves);
+            TestModel m(Shape{ 1, 2, 6, slice_bytes, 4128 });
+            for (auto & tensor : m.model->tensors) {
+                tensor->use_huge_pages();
+            }
+            m.store->moves = moves;
+            Pager pager(m.model->floor_bytes());
+            pager.add_model(m.model, 0);
+            for (int i = 0; i < 12; ++i) {
+                pass(pager, m, nullptr, random_tokens(random, 2, 2, 6));
+                check_accounts(pager, { &m });
+            }
+            CHECK(m.model->evictions > 10);
+            if (!moves || m.store->moved_bytes == 0) {
+                CHECK(m.store->moved_bytes == 0);
+                MESSAGE("no page moved");
+            } else {
+                CHECK(m.store->moved_bytes > m.model->evictions * (slice_bytes - 3 * page_size()) / 2);
+            }
+        }
+    }
+}
+
+TEST_CASE("a read that finds too little room gives back the pages that were left to it") {
+    TestModel small(Shape{ 1, 1, 8, page_size() }), large(Shape{ 1, 1, 8, 4 * page_size() });
+    Pager pager(8 * page_size());
+    pager.add_model(small.model, 0);
+    pager.add_model(large.model, 0);
+    for (int e = 0; e < 8; ++e) {
+        small.prefetch(pager, 0, e, e == 0 ? 0.1f : 0.9f);
+    }
+    CHECK(read_all(pager) == 8);
+    large.prefetch(pager, 0, 0, 0.5f);
+    CHECK(read_all(pager) == 0);
+    CHECK(small.state(0, 0, 0) == State::absent);
+    check_accounts(pager, { &small, &large });
+}
+
 TEST_CASE("a long prompt streams through without pushing out what decoding uses often") {
     TestModel m(Shape{ 1, 2, 64 });
     Pager     pager(slices(2 * 16));

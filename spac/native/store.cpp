@@ -7,13 +7,30 @@
 #include <cstring>
 
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #ifndef MADV_POPULATE_READ
 #    define MADV_POPULATE_READ 22  // Linux 5.14
+#endif
+
+#ifndef UFFD_USER_MODE_ONLY
+#    define UFFD_USER_MODE_ONLY 1  // Linux 5.11
+#endif
+
+#ifndef UFFDIO_MOVE  // Linux 6.8
+#    define UFFD_FEATURE_MOVE                (1 << 16)
+#    define UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES (1 << 1)
+struct uffdio_move {
+    __u64 dst, src, len, mode;
+    __s64 move;
+};
+#    define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
 #endif
 
 namespace spac {
@@ -72,16 +89,85 @@ static int open_with(ModelFile & file, int flags) {
 // shared by the stores that read into anonymous memory
 //
 
-static int map_anonymous(void * address, size_t length) {
-    // one page at a time: a huge page would be more than was accounted for
-    void * got = mmap(address, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    if (got == MAP_FAILED) {
-        return errno;
-    }
-    madvise(address, length, MADV_NOHUGEPAGE);
-    madvise(address, length, MADV_DONTFORK);
+size_t Store::move(void *, void *, size_t) const {
     return 0;
 }
+
+namespace {
+
+// Pages change their place through userfaultfd, which needs no mapping of its own for each as mremap() does. Nothing is ever
+// write-protected, so no fault is ever reported; it is the registration that moving asks for.
+class PageMover {
+  public:
+    PageMover() {
+        fd_ = (int) syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+        struct uffdio_api api = {};
+        api.api      = UFFD_API;
+        api.features = UFFD_FEATURE_MOVE;
+        if (fd_ >= 0 && ioctl(fd_, UFFDIO_API, &api) != 0) {
+            close(fd_);
+            fd_ = -1;
+        }
+    }
+    PageMover(const PageMover &) = delete;
+    ~PageMover() {
+        if (fd_ >= 0) {
+            close(fd_);
+        }
+    }
+
+    void add(void * address, size_t length) const {
+        struct uffdio_register range = {};
+        range.range = { (uint64_t) (uintptr_t) address, length };
+        range.mode  = UFFDIO_REGISTER_MODE_WP;
+        if (fd_ >= 0) {
+            ioctl(fd_, UFFDIO_REGISTER, &range);  // refused: then moving will be, too
+        }
+    }
+
+    size_t move(void * from, void * to, size_t length) const {
+        size_t n = 0;
+        while (fd_ >= 0 && n < length) {
+            struct uffdio_move all = {};
+            all.dst  = (uint64_t) (uintptr_t) to + n;
+            all.src  = (uint64_t) (uintptr_t) from + n;
+            all.len  = length - n;
+            all.mode = UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES;
+            const bool done = ioctl(fd_, UFFDIO_MOVE, &all) == 0;
+            n += all.move > 0 ? (size_t) all.move : 0;
+            if (done || (all.move <= 0 && errno != EAGAIN)) {
+                break;
+            }
+        }
+        return n;
+    }
+
+  private:
+    int fd_ = -1;
+};
+
+class AnonymousStore : public Store {
+  public:
+    int map(const ModelFile &, void * address, size_t length, uint64_t) const override {
+        void * got = mmap(address, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+        if (got == MAP_FAILED) {
+            return errno;
+        }
+        madvise(address, length, MADV_NOHUGEPAGE);  // one page at a time: a huge page would be more than was accounted for
+        madvise(address, length, MADV_DONTFORK);
+        mover_.add(address, length);
+        return 0;
+    }
+
+    void drop(const ModelFile &, void * address, size_t length, uint64_t) const override { madvise(address, length, MADV_DONTNEED); }
+
+    size_t move(void * from, void * to, size_t length) const override { return mover_.move(from, to, length); }
+
+  private:
+    PageMover mover_;
+};
+
+}  // namespace
 
 //
 // direct: O_DIRECT into place, block boundaries that a neighbour shares through a bounce block
@@ -105,7 +191,7 @@ struct Bounce {
     }
 };
 
-class DirectStore : public Store {
+class DirectStore : public AnonymousStore {
   public:
     int id() const override { return SPAC_STORE_DIRECT; }
 
@@ -122,8 +208,6 @@ class DirectStore : public Store {
         std::free(block);
         return read_error;
     }
-
-    int map(const ModelFile &, void * address, size_t length, uint64_t) const override { return map_anonymous(address, length); }
 
     ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
         static thread_local Bounce bounce;
@@ -155,8 +239,6 @@ class DirectStore : public Store {
         }
         return result;
     }
-
-    void drop(const ModelFile &, void * address, size_t length, uint64_t) const override { madvise(address, length, MADV_DONTNEED); }
 
   private:
     static size_t direct_alignment(int fd) {
@@ -209,7 +291,7 @@ class DirectStore : public Store {
 // buffered: pread through the page cache, dropped behind
 //
 
-class BufferedStore : public Store {
+class BufferedStore : public AnonymousStore {
   public:
     int id() const override { return SPAC_STORE_BUFFERED; }
 
@@ -220,8 +302,6 @@ class BufferedStore : public Store {
         }
         return error;
     }
-
-    int map(const ModelFile &, void * address, size_t length, uint64_t) const override { return map_anonymous(address, length); }
 
     ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
         const size_t chunk_bytes = 1 << 20;  // what may be in the page cache at a time, for each reading thread
@@ -246,8 +326,6 @@ class BufferedStore : public Store {
         }
         return result;
     }
-
-    void drop(const ModelFile &, void * address, size_t length, uint64_t) const override { madvise(address, length, MADV_DONTNEED); }
 };
 
 //

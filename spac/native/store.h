@@ -51,6 +51,9 @@ class Store {
     virtual ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) = 0;
     // Gives whole pages back.
     virtual void drop(const ModelFile & file, void * address, size_t length, uint64_t offset) const = 0;
+    // Moves whole pages between ranges that were mapped, to where there are none; their bytes mean nothing afterwards. How many
+    // bytes were moved: 0 where the store or the kernel cannot.
+    virtual size_t move(void * from, void * to, size_t length) const;
 };
 
 // SPAC_STORE_AUTO is not a store: see open_store().

@@ -116,6 +116,34 @@ TEST_CASE("dropped pages leave memory, their neighbours keep their bytes, and al
     });
 }
 
+TEST_CASE("pages move between windows of a store, where the kernel and the store can, and nothing else is touched") {
+    const uint64_t page = page_size();
+    TempFile temp(8 * page);
+    with_stores(temp, [&](Store & store, ModelFile & file) {
+        Window from(8 * page, 0), to(8 * page, 0);
+        REQUIRE(store.map(file, from.pages, from.n_bytes, 0) == 0);
+        REQUIRE(store.map(file, to.pages, to.n_bytes, 0) == 0);
+        REQUIRE(store.read(file, from.data, 8 * page, 0).os_error == 0);
+        REQUIRE(store.read(file, to.data, page, 0).os_error == 0);
+        const size_t moved = store.move(from.pages + page, to.pages + 2 * page, 3 * page);
+        if (moved == 0) {
+            CHECK(bytes_in_memory(from) == 8 * page);
+            MESSAGE("no page moved");
+            return;
+        }
+        CHECK(store.id() != SPAC_STORE_MMAP);
+        CHECK(moved == 3 * page);
+        CHECK(bytes_in_memory(from) == 5 * page);
+        CHECK(bytes_in_memory(to) == 4 * page);
+        CHECK(std::memcmp(to.data, temp.bytes.data(), page) == 0);
+        CHECK(std::memcmp(to.data + 2 * page, &temp.bytes[page], 3 * page) == 0);
+        CHECK(std::memcmp(from.data + 4 * page, &temp.bytes[4 * page], 4 * page) == 0);
+        CHECK(store.move(from.pages + 4 * page, to.pages + 4 * page, page) == 0);  // somebody's page is there
+        REQUIRE(store.read(file, from.data, 8 * page, 0).os_error == 0);
+        CHECK(std::memcmp(from.data, temp.bytes.data(), 8 * page) == 0);
+    });
+}
+
 TEST_CASE("a model file has changed once it is written to, replaced, cut or removed") {
     TempFile temp(1000), other(1000);
     const struct timespec long_ago[2] = { { 1000, 0 }, { 1000, 0 } };  // clocks of file systems are coarse

@@ -63,6 +63,8 @@ class TestStore : public Store {
     std::function<void()> on_read;                          // set before there are threads
     std::atomic<uint64_t> bad_offset{ (uint64_t) -1 };      // the read that begins here fails with EIO
     std::atomic<int>      bad_every{ 0 };                   // n > 0: so does every n-th read
+    bool                  moves = true;                     // whether pages may move, if the kernel can
+    mutable std::atomic<uint64_t> moved_bytes{ 0 };
 
     explicit TestStore(std::unique_ptr<Store> inner) : inner_(std::move(inner)) {}
 
@@ -88,6 +90,11 @@ class TestStore : public Store {
     }
     void drop(const ModelFile & file, void * address, size_t length, uint64_t offset) const override {
         inner_->drop(file, address, length, offset);
+    }
+    size_t move(void * from, void * to, size_t length) const override {
+        const size_t moved = moves ? inner_->move(from, to, length) : 0;
+        moved_bytes += moved;
+        return moved;
     }
 
     std::vector<uint64_t> offsets() const {
@@ -299,7 +306,13 @@ inline void pass(Pager & pager, TestModel & m, spac_context * context, const Tok
     }
 }
 
-// While nothing runs: is used_bytes what the present slices' pages come to, counted one by one?
+inline uint64_t bytes_in_memory(const Window & window) {
+    std::vector<unsigned char> pages(window.n_bytes / page_size());
+    REQUIRE(mincore(window.pages, window.n_bytes, pages.data()) == 0);
+    return (uint64_t) std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; }) * page_size();
+}
+
+// While nothing runs: is used_bytes what the present slices' pages come to, counted one by one, and what the kernel holds?
 inline void check_accounts(const Pager & pager, std::initializer_list<const TestModel *> models) {
     uint64_t total = 0;
     for (const TestModel * m : models) {
@@ -315,6 +328,11 @@ inline void check_accounts(const Pager & pager, std::initializer_list<const Test
         std::sort(pages.begin(), pages.end());
         const uint64_t bytes = (uint64_t) (std::unique(pages.begin(), pages.end()) - pages.begin()) * page_size();
         CHECK(m->model->used_bytes == bytes);
+        uint64_t in_memory = 0;
+        for (const auto & window : m->windows) {
+            in_memory += bytes_in_memory(*window);
+        }
+        CHECK((m->store->id() == SPAC_STORE_MMAP || in_memory == bytes));
         total += bytes;
     }
     CHECK(pager.used_bytes() == total);

@@ -1,5 +1,6 @@
 #include "window.h"
 
+#include <algorithm>
 #include <cstdio>
 
 #include <sys/mman.h>
@@ -50,14 +51,39 @@ static size_t huge_page_size() {
     return size;
 }
 
-void PagedTensor::use_huge_pages() const {
+// The huge pages that fit into a slice: [first, last); false if none does.
+bool PagedTensor::huge_pages(int expert, uintptr_t & first, uintptr_t & last) const {
     static const size_t huge = huge_page_size();
-    for (int e = 0; e < n_experts && huge > 0 && huge <= slice_bytes; ++e) {
-        const uintptr_t begin = (uintptr_t) slice_data(e), first = (begin + huge - 1) / huge * huge, last = (begin + slice_bytes) / huge * huge;
-        if (first < last) {
+    if (huge == 0 || huge > slice_bytes) {
+        return false;
+    }
+    const uintptr_t begin = (uintptr_t) slice_data(expert);
+    first = (begin + huge - 1) / huge * huge;
+    last  = (begin + slice_bytes) / huge * huge;
+    return first < last;
+}
+
+void PagedTensor::use_huge_pages() const {
+    uintptr_t first, last;
+    for (int e = 0; e < n_experts; ++e) {
+        if (huge_pages(e, first, last)) {
             madvise((void *) first, last - first, MADV_HUGEPAGE);
         }
     }
+}
+
+void PagedTensor::inner_pages(int expert, uint8_t *& begin, uint8_t *& end) const {
+    const uintptr_t page = page_size(), slice = (uintptr_t) slice_data(expert);
+    begin = (uint8_t *) ((slice + page - 1) / page * page);
+    end   = std::max(begin, (uint8_t *) ((slice + slice_bytes) / page * page));
+}
+
+size_t PagedTensor::same_mapping(int expert, const uint8_t * begin, const uint8_t * end) const {
+    uintptr_t at = (uintptr_t) begin, until = (uintptr_t) end, first, last;
+    if (huge_pages(expert, first, last)) {
+        until = std::min(until, at < first ? first : at < last ? last : until);
+    }
+    return until - at;
 }
 
 size_t PagedTensor::page_bytes(int expert) const {

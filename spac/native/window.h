@@ -65,6 +65,10 @@ struct PagedTensor {
     size_t own_page_bytes(int expert) const;
     // The same as an address range of whole pages; length 0 if there are none.
     void own_pages(int expert, uint8_t *& address, size_t & length) const;
+    // Those that no neighbour touches, present or not.
+    void inner_pages(int expert, uint8_t *& begin, uint8_t *& end) const;
+    // Bytes from begin on, up to end at most, that are one mapping to the kernel: huge pages are another.
+    size_t same_mapping(int expert, const uint8_t * begin, const uint8_t * end) const;
     // Bytes of all pages that the slice touches.
     size_t page_bytes(int expert) const;
     // Lets the kernel use huge pages where one lies within one slice: it comes and goes with the slice, and costs what it holds.
@@ -73,6 +77,7 @@ struct PagedTensor {
 
   private:
     bool neighbour_on_page(int expert, uintptr_t page) const;
+    bool huge_pages(int expert, uintptr_t & first, uintptr_t & last) const;
 };
 
 }  // namespace spac

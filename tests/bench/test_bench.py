@@ -104,7 +104,7 @@ def test_a_peer(bench: Bench, tmp_path: Path, fake_peer: Callable[[str], Path]) 
 
 def test_an_interrupted_run_keeps_what_there_is(bench: Bench, tmp_path: Path, fake_peer: Callable[[str], Path]) -> None:
     """The second of two contenders interrupts us in its third token; --resume does the rest."""
-    peer = fake_peer("head -n 3 {said}; kill -INT $PPID; exec sleep 60")
+    peer = fake_peer("head -n 3 {said}; sleep 1; kill -INT $PPID; exec sleep 60")  # by then we wait for it
     options = ("--contender", "spac", "--contender", "bigmoe:cache=50", "--peer", f"bigmoe={peer}", "--repeats", 1)
     result = bench(*options)
     assert result.code == 130
