@@ -2,15 +2,16 @@
 // Reads what stdin says, a line at a time, and prints the seconds that a line took, from its first read's start to its last one's end.
 //
 //   g++ -O2 -std=c++17 -o build/bare_reads scripts/bare_reads.cpp -lpthread
-//   echo "3 kept 0:4718592 4718592:4718592 9437184:4718592" | build/bare_reads FILE    # reads in flight, memory, offset:length ...
+//   echo "3 huge 0:4718592 4718592:4718592 9437184:4718592" | build/bare_reads FILE    # reads in flight, pages, offset:length ...
 //
-// Memory: "kept" is huge pages that stay, the fastest there is: fewer segments make larger requests. "fresh" is memory as the pager
-// has it: pages are given back before a read and taken from the kernel again, zeroed, huge ones where they fit.
+// Pages: "huge" ones are the fastest there is: fewer segments make larger requests. "small" ones are what the pager has once its budget
+// is used up. Both stay.
 
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <iostream>
 #include <mutex>
 #include <sstream>
@@ -33,7 +34,7 @@ static std::condition_variable work, finished;
 static std::vector<Read>       reads;
 static size_t                  next_read = 0, n_done = 0;
 static int                     depth     = 0;
-static bool                    fresh     = false;
+static bool                    small     = false;
 
 static void expect(bool ok, const char * what) {
     if (!ok) {
@@ -47,39 +48,29 @@ struct Buffer {
     char * data   = nullptr;
     long   length = 0;
 
-    // Huge pages only where they fit, as the pager's windows have them; begins `displacement` behind a huge page's beginning.
-    void allocate(long wanted, long displacement) {
+    void allocate(long wanted, int advice) {
         if (wanted <= length) {
             return;
         }
-        const long size = displacement + wanted + huge;  // what a shorter one had stays until the end
+        const long size = (wanted + 2 * huge - 1) / huge * huge;  // what a shorter one had stays until the end
         char * memory = (char *) mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         expect(memory != MAP_FAILED, "mmap");
-        const long first = ((long) memory + huge - 1) / huge * huge, begin = first + displacement, end = begin + wanted;
-        const long huge_begin = (begin + huge - 1) / huge * huge, huge_end = end / huge * huge;
-        madvise(memory, size, MADV_NOHUGEPAGE);
-        if (huge_begin < huge_end) {
-            madvise((void *) huge_begin, huge_end - huge_begin, MADV_HUGEPAGE);
-        }
-        data   = (char *) begin;
+        data   = (char *) (((long) memory + huge - 1) / huge * huge);
         length = wanted;
+        madvise(memory, size, advice);
+        memset(data, 1, wanted);
     }
 };
 
 static void serve(int fd, int number) {
-    Buffer kept, given_back;
+    Buffer huge_pages, small_pages;
     std::unique_lock<std::mutex> lock(mutex);
     while (true) {
         work.wait(lock, [&] { return number < depth && next_read < reads.size(); });
         const Read read = reads[next_read++];
-        Buffer & buffer = fresh ? given_back : kept;
+        Buffer & buffer = small ? small_pages : huge_pages;
         lock.unlock();
-        if (fresh) {
-            buffer.allocate(read.length, number % 2 ? huge / 2 : 0);
-            madvise(buffer.data, buffer.length, MADV_DONTNEED);
-        } else {
-            buffer.allocate((read.length + huge - 1) / huge * huge, 0);
-        }
+        buffer.allocate(read.length, small ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
         for (long done = 0; done < read.length;) {
             const ssize_t n = pread(fd, buffer.data + done, read.length - done, read.offset + done);
             expect(n >= 0, "pread");
@@ -107,8 +98,8 @@ int main(int argc, char ** argv) {
         int  in_flight = 0;
         long offset, length;
         char colon;
-        std::string memory;
-        text >> in_flight >> memory;
+        std::string pages;
+        text >> in_flight >> pages;
         while (text >> offset >> colon >> length) {
             const long begin = offset / block * block, end = (offset + length + block - 1) / block * block;
             wanted.push_back({ begin, end - begin });
@@ -120,7 +111,7 @@ int main(int argc, char ** argv) {
         {
             std::unique_lock<std::mutex> lock(mutex);
             depth     = in_flight;
-            fresh     = memory == "fresh";
+            small     = pages == "small";
             reads     = wanted;
             next_read = n_done = 0;
             work.notify_all();

@@ -10,9 +10,9 @@ Each run decodes greedily in a control group. The bare reader (scripts/bare_read
 limits, reads the slices that the run had missed.
 
 - `speed`: afterwards the reader takes each token's slices as one stream, six in flight: what the disk alone would need. Then some
-  random slices at once, into memory as the pager has it: the time model's table of reads.
+  random slices at once, into small pages, as the pager has them: the time model's table of reads.
 - `misses`: with each layer's times (spac's recorder), the reader takes the slices after each token, layer by layer, with the token's
-  other time slept between them; once into huge pages that stay ("kept"), once into memory as the pager has it ("fresh").
+  other time slept between them; once into huge pages, once into small ones, as the pager has them once its budget is used up.
 - `reference`: everything in memory, with a profile's processors: the trace and the compute times that the model starts from.
 
 The group gets `ROOM_BYTES` more than spac is told, for the reader. Runs that are there already are kept, and those that others
@@ -47,7 +47,7 @@ from spac.trace.timing import READS_IN_FLIGHT, Compute, Reads, limited, predict
 
 ROOM_BYTES: Final = 48 << 20
 DEPTHS: Final = (1, 2, 3, 6)
-MEMORIES: Final = ("kept", "fresh")  # what the reader reads into
+PAGES: Final = ("huge", "small")  # that the reader reads into
 SAMPLES: Final = 12  # of each depth
 PROMPT_TOKENS: Final = 48
 DISTURBED: Final = 0.05  # processor time of others, by processor time that there was
@@ -68,13 +68,13 @@ class BareReader:
     def __init__(self, program: str, model: str) -> None:
         self.process = subprocess.Popen([program, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def seconds(self, slices: list[tuple[int, int]], depth: int, memory: str) -> float:
-        """What reading these (offset, length) takes; memory: a name of `MEMORIES`."""
+    def seconds(self, slices: list[tuple[int, int]], depth: int, pages: str) -> float:
+        """What reading these (offset, length) takes; pages: a name of `PAGES`."""
         if not slices:
             return 0.0
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
-        stdin.write(f"{depth} {memory} " + " ".join(f"{offset}:{length}" for offset, length in slices) + "\n")
+        stdin.write(f"{depth} {pages} " + " ".join(f"{offset}:{length}" for offset, length in slices) + "\n")
         stdin.flush()
         return float(stdout.readline())
 
@@ -125,18 +125,18 @@ def run_worker(config: dict[str, Any]) -> None:
         missed.append([s for visit in visits.values() for s in visit])
         if kind == "misses":
             expert_s = handle.recorder.trace().expert_s[-1]
-            for memory in MEMORIES if i % 2 else MEMORIES[::-1]:
-                row[memory] = replay_visits(reader, memory, visits, wall_s, expert_s, len(slices[min(slices)]))
+            for pages in PAGES if i % 2 else PAGES[::-1]:
+                row[pages] = replay_visits(reader, pages, visits, wall_s, expert_s, len(slices[min(slices)]))
         rows.append(row)
     samples = []
     if kind == "speed":
         for row, chosen in zip(rows, missed, strict=True):
-            row["bare_s"] = reader.seconds(chosen, READS_IN_FLIGHT, "kept")
+            row["bare_s"] = reader.seconds(chosen, READS_IN_FLIGHT, "huge")
         every = [s for tensors in slices.values() for tensor in tensors for s in tensor]
         shuffle = random.Random(1)
         for i in range(SAMPLES * len(DEPTHS)):
             chosen = shuffle.sample(every, DEPTHS[i % len(DEPTHS)])
-            samples.append((len(chosen), sum(length for _, length in chosen), reader.seconds(chosen, len(chosen), "fresh")))
+            samples.append((len(chosen), sum(length for _, length in chosen), reader.seconds(chosen, len(chosen), "small")))
     if kind == "reference" and config["trace"]:
         handle.recorder.trace().save(config["trace"])
     stats = handle.stats()
@@ -146,7 +146,7 @@ def run_worker(config: dict[str, Any]) -> None:
 
 
 def replay_visits(
-    reader: BareReader, memory: str, visits: dict[int, list[tuple[int, int]]], wall_s: float, expert_s: Any, parts: int
+    reader: BareReader, pages: str, visits: dict[int, list[tuple[int, int]]], wall_s: float, expert_s: Any, parts: int
 ) -> list[tuple[int, float, float]]:
     """Missed bundles, the experts' seconds and the bare reader's, of each layer."""
     other_s = max(0.0, wall_s - float(expert_s.sum())) / len(visits)
@@ -156,7 +156,7 @@ def replay_visits(
         bare_s = 0.0
         if slices:
             time.sleep(pause_s)
-            bare_s, pause_s = reader.seconds(slices, READS_IN_FLIGHT, memory), 0.0
+            bare_s, pause_s = reader.seconds(slices, READS_IN_FLIGHT, pages), 0.0
         else:
             pause_s += float(seconds)
         found.append((len(slices) // parts, round(float(seconds), 6), bare_s))
@@ -214,14 +214,14 @@ def machine_busy_s() -> float:
 
 
 def print_reads(model: Path, reader: Path) -> None:
-    """A table of reads for `spac simulate`: as the pager's, asked for at once, into memory that is taken anew."""
+    """A table of reads for `spac simulate`: as the pager's, asked for at once, into small pages."""
     bare, shuffle = BareReader(str(reader), str(model)), random.Random(1)
     own = next(iter(expert_slices(str(model)).values()))[0][0][1]
-    print("MB/s of reads asked for at once, into fresh memory: median of 30 (lowest to highest)\n     KiB  depth")
+    print("MB/s of reads asked for at once, into small pages: median of 30 (lowest to highest)\n     KiB  depth")
     for length in sorted({64 << 10, 1 << 20, 4 << 20, own}):
         for depth in DEPTHS:
             offsets = [[shuffle.randrange(model.stat().st_size // length) * length for _ in range(depth)] for _ in range(30)]
-            rates = sorted(depth * length / bare.seconds([(offset, length) for offset in batch], depth, "fresh") / 1e6 for batch in offsets)
+            rates = sorted(depth * length / bare.seconds([(offset, length) for offset in batch], depth, "small") / 1e6 for batch in offsets)
             print(f"{length >> 10:8} {depth:6}   {statistics.median(rates):7.0f} ({rates[0]:6.0f} to {rates[-1]:6.0f})")
 
 
@@ -399,18 +399,18 @@ def misses(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Cost of a miss\n",
         "A layer's time from its router's end to its experts' last product, less the last slice's product, against the bare reader's for the layer's missing slices, six in flight:",
-        "*kept*: into huge pages that stay; *fresh*: into memory as the pager has it. Sums over all such layers of a run; in brackets: where 1 / 2 / 3 / 4 of the layer's four bundles were missing.\n",
-        "| profile | memory | reads limited to | layers | ms, paged | ms, kept | ms, fresh | paged / kept | paged / fresh |", "|---|---|---|---|---|---|---|---|---|",
+        "*huge*, *small*: pages that it reads into; the pager has small ones once its budget is used up. Sums over all such layers of a run; in brackets: where 1 / 2 / 3 / 4 of the layer's four bundles were missing.\n",
+        "| profile | memory | reads limited to | layers | ms, paged | ms, huge | ms, small | paged / huge | paged / small |", "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for run in runs:
         if run["kind"] == "misses":
-            visits = {memory: [tuple(visit) for row in run["tokens"] for visit in row[memory]] for memory in MEMORIES}
-            hits = [seconds for n, seconds, _ in visits["kept"] if n == 0]
+            visits = {pages: [tuple(visit) for row in run["tokens"] for visit in row[pages]] for pages in PAGES}
+            hits = [seconds for n, seconds, _ in visits["huge"] if n == 0]
             product_s = (statistics.median(hits) if hits else 0.0) / 12  # of four experts' three slices
-            found = {memory: [(n, seconds - product_s, bare) for n, seconds, bare in visits[memory] if n > 0] for memory in MEMORIES}
-            n = len(found["kept"])
-            paged, kept, fresh = (f"{sum(values) / n * 1e3:.2f}" for values in ([v[1] for v in found["kept"]], *([v[2] for v in found[m]] for m in MEMORIES)))
-            lines.append(f"| {label(run)} | {n} | {paged} | {kept} | {fresh} | {ratios(found['kept'])} | {ratios(found['fresh'])} |")
+            found = {pages: [(n, seconds - product_s, bare) for n, seconds, bare in visits[pages] if n > 0] for pages in PAGES}
+            n = len(found["huge"])
+            paged, huge, small = (f"{sum(values) / n * 1e3:.2f}" for values in ([v[1] for v in found["huge"]], *([v[2] for v in found[m]] for m in PAGES)))
+            lines.append(f"| {label(run)} | {n} | {paged} | {huge} | {small} | {ratios(found['huge'])} | {ratios(found['small'])} |")
     return lines
 
 
