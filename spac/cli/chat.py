@@ -176,7 +176,7 @@ class Session:
                 note(f"\nspac: {e}")
             interrupted = interrupts.hit
         self.finish_answer(self.last, interrupted)
-        if self.stats and self.last.text:
+        if self.stats:
             note(live.summary())
 
     def finish_answer(self, generation: Generation, interrupted: bool) -> None:
