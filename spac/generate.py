@@ -9,7 +9,7 @@ import codecs
 import contextlib
 import ctypes
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -109,7 +109,7 @@ def generate(
     sampling: Sampling,
     max_tokens: int | None = None,
     speculation: Speculation | None = None,
-) -> tuple[Generation, Iterator[str]]:
+) -> tuple[Generation, Generator[str, None, None]]:
     """Continue a prompt.
 
     Args:
@@ -118,7 +118,7 @@ def generate(
         speculation: drafts tokens to verify several in one decode; the same one for all answers of a model.
 
     Returns:
-        The result, and an iterator of pieces of text that fills it. The pieces are whole characters.
+        The result, and a generator of pieces of text that fills it; closing it ends the answer. The pieces are whole characters.
 
     Raises (from the iterator):
         DecodeError: the prompt is empty or longer than the context.
@@ -131,7 +131,7 @@ def generate(
 
 def _stream(
     llama: Llama, prompt: list[int], sampling: Sampling, max_tokens: int | None, speculation: Speculation, result: Generation
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     if not prompt:
         raise DecodeError("the prompt is empty")
     if len(prompt) >= llama.n_ctx():

@@ -5,6 +5,7 @@ Exit codes: 0, 1 (one line on stderr says why), 2 (usage), 130 (interrupted). st
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
@@ -55,7 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
-    if not debug:
+    if debug:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("spac").setLevel(logging.INFO)
+    else:
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort of llama.cpp would start a debugger
     try:
         code = app(args=arguments, prog_name="spac", standalone_mode=False)

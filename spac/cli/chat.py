@@ -11,6 +11,7 @@ import typer
 
 from spac.cli import options as opt
 from spac.cli import terminal
+from spac.cli.live import LiveStats
 from spac.cli.terminal import note
 from spac.errors import Cancelled, ModelChangedError, OptionError, SpacError
 
@@ -51,7 +52,7 @@ def chat(
     horizon: opt.Horizon = "auto",
     signals: opt.Signals = "all",
     learned: opt.Learned = "auto",
-    stats: opt.Stats = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Show on stderr how each answer goes; at the end, timings and paging.")] = False,
     debug: opt.Debug = False,
 ) -> int:
     """Chat with a model. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves."""
@@ -62,7 +63,7 @@ def chat(
 
     with contextlib.closing(speculation), contextlib.closing(llama):
         sampling = Sampling(temp, top_k, top_p, min_p, seed)
-        session = Session(llama, Conversation(llama, system), sampling, max_tokens, load_s, speculation)
+        session = Session(llama, Conversation(llama, system), sampling, max_tokens, load_s, speculation, stats)
         while session.step():
             pass
         if stats:
@@ -81,13 +82,16 @@ class Session:
         max_tokens: int | None,
         load_s: float,
         speculation: Speculation,
+        stats: bool,
     ) -> None:
+        """`stats`: show how each answer goes."""
         self.llama = llama
         self.conversation = conversation
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.load_s = load_s
         self.speculation = speculation
+        self.stats = stats
         self.last: Generation | None = None
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         if self.interactive:
@@ -155,13 +159,15 @@ class Session:
         self.llama.spac.forget_cancel()
         self.speculation.forget_cancel()
         self.last, pieces = generate(self.llama, tokens, self.sampling, self.max_tokens, self.speculation)
+        live = LiveStats(self.llama, self.last, shown=self.stats)
         interrupted = False
         with terminal.Interrupts(self.llama.spac.cancel, self.speculation.cancel) as interrupts:
             try:
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-                    if interrupts.hit:
-                        break
+                with live, contextlib.closing(pieces):
+                    for piece in pieces:
+                        live.write(piece)
+                        if interrupts.hit:
+                            break
             except Cancelled:
                 pass
             except ModelChangedError:
@@ -170,6 +176,8 @@ class Session:
                 note(f"\nspac: {e}")
             interrupted = interrupts.hit
         self.finish_answer(self.last, interrupted)
+        if self.stats:
+            note(live.summary())
 
     def finish_answer(self, generation: Generation, interrupted: bool) -> None:
         if generation.text:

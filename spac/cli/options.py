@@ -135,7 +135,7 @@ Learned = Annotated[
     ),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Show timings and what paging did, on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show llama.cpp's log, and tracebacks.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the logs of spac and llama.cpp, and tracebacks.")]
 
 
 @dataclass(frozen=True)

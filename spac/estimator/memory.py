@@ -15,7 +15,7 @@ It knows nothing of probabilities beyond counts: see `tokens.py` for what become
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -82,9 +82,8 @@ class RoutingMemory:
         self._fresh = 0  # slots from here on have never been used
         self._free: list[int] = []
         # by token, or token pair (see `_pair`); touched longest ago first
-        self._rows: OrderedDict[int, list[int] | int] = OrderedDict()
-        # Restored rows are lists only once they are asked for; until then: where in `_restored` they begin, << 8, and their length.
-        self._restored = np.empty(0, np.int64)
+        self._rows: OrderedDict[int, list[int]] = OrderedDict()
+        self._restored = _RestoredRows(self.context[:0])  # all of them touched longer ago than any in `_rows`
 
     def __len__(self) -> int:
         """Observations kept."""
@@ -133,29 +132,18 @@ class RoutingMemory:
         slots = slots[np.argsort(self._serial[slots])]
         return self.context[slots, :3], self.ids[slots]
 
-    def restore(self, context: NDArray[np.int64], ids: NDArray[np.integer]) -> None:
+    def restore(self, context: NDArray[np.int64]) -> None:
         """Fills an empty memory with saved records, which the caller has validated; of more than fit, the last ones.
 
-        The saved requests are over, so no record counts as of the same request.
+        Their ids are in the first rows of `ids` already. The saved requests are over, so no record counts as of the same request.
         """
-        context, ids = context[-self.capacity :], ids[-self.capacity :]
+        context = context[-self.capacity :]
         n = len(context)
-        self.context[:n, :3], self.ids[:n] = context, ids
+        self.context[:n, :3] = context
         self._serial[:n] = np.arange(n)
         self._fresh = self._added = n
-        # what `add` one by one would leave, but in a fraction of the time: rows in the order of their last record
-        slots = np.arange(n)
-        paired = slots[context[:, 1] != NO_TOKEN]
-        tokens = _grouped(context[:, 0], slots, TOKEN_WINDOW)
-        pairs = _grouped((context[paired, 1] + 1) << 32 | context[paired, 0], paired, PAIR_WINDOW)
-        keys = np.concatenate([tokens.keys, pairs.keys])
-        ends = np.concatenate([tokens.ends, pairs.ends + len(tokens.slots)])
-        starts = np.append(0, ends[:-1])
-        pointed = np.concatenate([tokens.slots, pairs.slots])
-        order = np.argsort(pointed[ends - 1], kind="stable")
-        self._restored = pointed
-        self._rows = OrderedDict(zip(keys[order].tolist(), (starts << 8 | (ends - starts))[order].tolist(), strict=True))
-        self._references[:n] = np.bincount(pointed, minlength=n)
+        self._restored = _RestoredRows(context)
+        self._references[:n] = self._restored.references(n)
         self._free = np.flatnonzero(self._references[:n] == 0).tolist()
 
     def _take(self) -> int:
@@ -163,23 +151,18 @@ class RoutingMemory:
             self._fresh += 1
             return self._fresh - 1
         while not self._free:
-            for slot in self._row(next(iter(self._rows))) or ():
+            for slot in self._restored.take_oldest() or self._rows.popitem(last=False)[1]:
                 self._release(slot)
-            self._rows.popitem(last=False)
         return self._free.pop()
 
     def _row(self, key: int) -> list[int] | None:
         row = self._rows.get(key)
-        if isinstance(row, int):
-            start = row >> 8
-            row = self._rows[key] = self._restored[start : start + (row & 255)].tolist()
-        return row
+        return self._restored.row(key) if row is None else row
 
     def _append(self, key: int, slot: int, window: int) -> None:
-        row = self._row(key)
+        row = self._rows.get(key)
         if row is None:
-            self._rows[key] = [slot]
-            return
+            row = self._rows[key] = self._restored.row(key, take=True) or []
         self._rows.move_to_end(key)
         row.append(slot)
         if len(row) > window:
@@ -191,21 +174,62 @@ class RoutingMemory:
             self._free.append(slot)
 
 
-class _Groups(NamedTuple):
-    """Rows one after the other: `keys` [rows], `ends` [rows] of each in `slots` [records]."""
+class _Sorted:
+    """Observations by key: the rows that `RoutingMemory.add` would leave of many, found by search. No Python object is built for each."""
 
-    keys: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    slots: NDArray[np.int64]
+    def __init__(self, keys: NDArray[np.int64], slots: NDArray[np.int64] | None, window: int) -> None:
+        """`keys` [n] of observations, oldest first; `slots` [n] where they are, None: the first n; `window`: so many make a row."""
+        order = np.argsort(keys, kind="stable")
+        self.keys, self.slots, self.window = keys[order], order if slots is None else slots[order], window
+        self._taken = np.zeros(len(keys), np.bool_)
+
+    def pointed(self) -> NDArray[np.int64]:
+        """The slots to which rows point."""
+        inside = np.ones(len(self.keys), np.bool_)
+        inside[: -self.window] = self.keys[: -self.window] != self.keys[self.window :]
+        return self.slots[inside]
+
+    def row(self, key: int, take: bool) -> list[int] | None:
+        """A copy of a row; None: there is none, or it was taken."""
+        end = int(np.searchsorted(self.keys, key, "right"))
+        if end == 0 or self.keys[end - 1] != key or self._taken[end - 1]:
+            return None
+        self._taken[end - 1] = take
+        begin = max(int(np.searchsorted(self.keys[:end], key)), end - self.window)
+        row: list[int] = self.slots[begin:end].tolist()
+        return row
 
 
-def _grouped(keys: NDArray[np.int64], slots: NDArray[np.int64], window: int) -> _Groups:
-    """Groups slots by key; of each group, the last `window`, in order."""
-    order = np.argsort(keys, kind="stable")
-    keys, slots = keys[order], slots[order]
-    unique, counts = np.unique(keys, return_counts=True)
-    from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(keys))
-    return _Groups(unique, np.cumsum(np.minimum(counts, window)), slots[from_end <= window])
+class _RestoredRows:
+    """The rows of a restored memory, by token and token pair. A row is taken out when its key is added to."""
+
+    def __init__(self, context: NDArray[np.int64]) -> None:
+        """`context`: of observations, oldest first: token and previous token, int64 [n, 2 or more]."""
+        token, previous = context[:, 0], context[:, 1]
+        paired = np.flatnonzero(previous != NO_TOKEN)
+        self._tokens = _Sorted(token, None, TOKEN_WINDOW)
+        self._pairs = _Sorted((previous[paired] + 1) << 32 | token[paired], paired, PAIR_WINDOW)
+        self._by_age: Iterator[int] | None = None
+
+    def references(self, n: int) -> NDArray[np.int64]:
+        """How many rows point to each of n observations."""
+        return np.bincount(self._tokens.pointed(), minlength=n) + np.bincount(self._pairs.pointed(), minlength=n)
+
+    def row(self, key: int, take: bool = False) -> list[int] | None:
+        """A copy of a row; None: there is none, or it was taken. `take`: it is now."""
+        return (self._pairs if key >> 32 else self._tokens).row(key, take)
+
+    def take_oldest(self) -> list[int] | None:
+        """The row whose last observation is the oldest; None: none is left."""
+        if self._by_age is None:
+            ends = [(each, np.flatnonzero(np.diff(each.keys, append=NO_TOKEN))) for each in (self._tokens, self._pairs)]
+            by_age = np.argsort(np.concatenate([each.slots[end] for each, end in ends]), kind="stable")
+            self._by_age = iter(np.concatenate([each.keys[end] for each, end in ends])[by_age].tolist())
+        for key in self._by_age:
+            row = self.row(key, take=True)
+            if row is not None:
+                return row
+        return None
 
 
 def _pair(previous: int, token: int) -> int:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,7 +70,7 @@ class FakeLlama:
 def talk(monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Result]) -> Callable[..., tuple[Result, list[str]]]:
     """`talk(stdin, answers)`: the transcript, and the prompts that the model was given."""
 
-    def run(stdin: str, *answers: Answer, n_ctx: int = 60) -> tuple[Result, list[str]]:
+    def run(stdin: str, *answers: Answer, n_ctx: int = 60, options: Sequence[str] = ()) -> tuple[Result, list[str]]:
         llama, prompts, queue = FakeLlama(n_ctx), [], list(answers)
         from spac import generate
 
@@ -93,7 +93,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Result]) -> Callabl
         monkeypatch.setattr(opt, "load", lambda _: (llama, 0.5))
         monkeypatch.setattr(chat_module.opt, "load", lambda _: (llama, 0.5))
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        result = cli("chat", "fake.gguf")
+        result = cli("chat", "fake.gguf", *options)
         assert llama.closed
         assert not queue
         return result, prompts
@@ -167,18 +167,30 @@ def test_a_failed_answer_is_taken_back(talk: Callable[..., Any]) -> None:
     assert result.code == 0
 
 
+def test_stats_without_a_terminal(talk: Callable[..., Any]) -> None:
+    """A line after each answer, a failed one too, and all figures at the end; nothing moves a cursor."""
+    result, _ = talk("one\ntwo\n", "first answer", ExpertReadError("fake.gguf", 4096, 10, 5), options=["--stats"])
+    assert result.out == "first answer\n\n"
+    lines = result.err.splitlines()
+    assert lines[0] == "0.0 tokens/s"
+    assert "Input/output error" in lines[2]
+    assert lines[3] == "0.0 tokens/s"
+    assert lines[-1] == "experts  not paged"
+    assert "\x1b" not in result.err
+
+
 # -- the real model, on a terminal --
 
 
 class Terminal:
     """`spac chat` on a pseudo-terminal."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, term: str = "dumb") -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "spac", "chat", *map(str, arguments)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             preexec_fn=lambda: os.login_tty(0) if hasattr(os, "login_tty") else _controlling_terminal(),
-            env={**os.environ, "TERM": "dumb"},
+            env={**os.environ, "TERM": term},
         )  # fmt: skip
         os.close(slave)
         self.text = ""
@@ -230,6 +242,27 @@ def test_ctrl_c_stops_the_answer(model_path: Path) -> None:
         terminal.read_until("(stopped)", timeout_s=20)
         terminal.text = terminal.text.rpartition("(stopped)")[2]
         terminal.read_until(">>> ", timeout_s=10)
+        terminal.send("\x04")
+        assert terminal.process.wait(10) == 0
+        assert "Traceback" not in terminal.text
+
+
+def test_stats_below_the_answer(model_path: Path) -> None:
+    """The line is there while the answer streams, and gone when Ctrl-C has stopped it."""
+    even = ("--temp", "100", "--top-k", "0", "--top-p", "1", "--min-p", "0", "--seed", "3", "--stats")
+    with contextlib.closing(Terminal(model_path, "--paging", "on", "--ctx", "4096", "--memory", "1G", *even, term="xterm")) as terminal:
+        terminal.read_until(">>> ")
+        terminal.send("hi\r")
+        terminal.read_until("MB/s read | ", count=3)
+        terminal.send("\x03")
+        terminal.read_until("(stopped)", timeout_s=20)
+        erased, _, after = terminal.text.rpartition("\x1b8")
+        assert erased
+        assert "\x1b[J" in after
+        terminal.text = terminal.text.rpartition("(stopped)")[2]
+        terminal.read_until(">>> ", timeout_s=10)
+        assert terminal.text.count("tokens/s |") == 1
+        assert "\x1b" not in terminal.text.replace("\x1b[?2004h", "")
         terminal.send("\x04")
         assert terminal.process.wait(10) == 0
         assert "Traceback" not in terminal.text

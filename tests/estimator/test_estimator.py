@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -183,9 +184,9 @@ def test_an_empty_batch_is_nothing() -> None:
 # --- memory
 
 
-def small_memory(observations: int) -> RoutingMemory:
-    probe = RoutingMemory(1, 4, 1, 1 << 20)
-    return RoutingMemory(1, 4, 1, (1 << 20) // probe.capacity * observations)
+def small_memory(observations: int, n_layers: int = 1, n_experts: int = 4, n_used: int = 1) -> RoutingMemory:
+    probe = RoutingMemory(n_layers, n_experts, n_used, 1 << 20)
+    return RoutingMemory(n_layers, n_experts, n_used, -(-(1 << 20) // probe.capacity) * observations)
 
 
 def test_a_frequent_token_keeps_its_window_only() -> None:
@@ -305,6 +306,8 @@ def damage(path: Path, **arrays: np.ndarray | None) -> None:
         {"layer_weights": np.full((4, LAYERS), np.inf, np.float32)},
         {"ids": np.full((1, LAYERS * USED), 250, np.uint8)},
         {"ids": np.zeros((1, LAYERS * USED), np.uint8)},
+        {"ids": np.zeros((1, LAYERS * USED), np.int64)},
+        {"ids": np.array([[None]], object)},
         {"context": np.full((1, 3), -5, np.int64)},
         {"context": np.array([[[1]]])},
         {"context": np.array([None, "x"], object)},
@@ -334,6 +337,55 @@ def test_a_file_that_would_inflate_beyond_measure_is_not_inflated(saved: tuple[T
     np.savez_compressed(path, **arrays)
     refused(path, "model", caplog)
     assert "more than" in caplog.text
+
+
+def test_an_archive_that_numpy_did_not_write_so_is_ignored(saved: tuple[TokenEstimator, Path], caplog: pytest.LogCaptureFixture) -> None:
+    """Compressed members, names without their suffix, and ids that are longer or shorter than their header says."""
+    _, path = saved
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    ids = members["ids.npy"]
+    for changed, compression in (
+        (members, zipfile.ZIP_DEFLATED),
+        ({name.removesuffix(".npy"): data for name, data in members.items()}, zipfile.ZIP_STORED),
+        ({**members, "ids.npy": ids + b"\0"}, zipfile.ZIP_STORED),
+        ({**members, "ids.npy": ids[:-1]}, zipfile.ZIP_STORED),
+        ({**members, "ids.npy": ids[:20]}, zipfile.ZIP_STORED),
+        ({**members, "ids.npy": b""}, zipfile.ZIP_STORED),
+    ):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, data in changed.items():
+                archive.writestr(name, data)
+        refused(path, "model", caplog)
+
+
+def test_of_more_than_fits_the_last_is_kept(tmp_path: Path) -> None:
+    """A file learned in more memory: what is loaded goes first, oldest first, unless it is seen again."""
+    big, other = make(), make()
+    big.memory, other.memory = small_memory(40, LAYERS, EXPERTS, USED), small_memory(10, LAYERS, EXPERTS, USED)
+    for i in range(2, 30):
+        big.memory.add(i, i - 1, i - 2, 0, np.full((LAYERS, USED), i % EXPERTS))
+    save(big, tmp_path / "tables.npz", "model")
+    assert load(other, tmp_path / "tables.npz", "model")
+
+    def known() -> list[int]:
+        return [i for i in range(200) if len(other.memory.recall(i, NONE, NONE, 0).slots)]
+
+    assert known() == list(range(20, 30))
+    for i in known():
+        (slot,) = other.memory.recall(i, i - 1, i - 2, 0).slots
+        assert (other.memory.ids[slot] == i % EXPERTS).all()
+    other.memory.add(20, NONE, NONE, 0, np.zeros((LAYERS, USED), int))
+    for i in range(100, 105):
+        other.memory.add(i, NONE, NONE, 0, np.zeros((LAYERS, USED), int))
+    assert known() == [20, *range(26, 30), *range(100, 105)]
+
+
+def test_loading_is_logged(saved: tuple[TokenEstimator, Path], caplog: pytest.LogCaptureFixture) -> None:
+    estimator, path = saved
+    with caplog.at_level(logging.INFO):
+        load(make(), path, "model")
+    assert f"{path}: tables of {len(estimator.memory)} tokens loaded in " in caplog.text
 
 
 def refused(path: Path, model: str, caplog: pytest.LogCaptureFixture) -> None:
