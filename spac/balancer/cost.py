@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,93 +14,73 @@ from spac.errors import BudgetError
 MIB = 1 << 20
 
 
-@dataclass(frozen=True)
-class Terms:
-    """One choice's part of the cost, all for each accepted token; `m` stands for a cache's misses a token, U for its uses.
+class Costs:
+    """All choices of a state, as arrays [choices]; everything is for each accepted token.
 
-        busy = read_s * (target_reads * sum over the model's caches of bytes * m + draft_reads * sum over the draft's)
-        seconds = max(compute_s + waits * busy + fast_s * sum over the model's caches of (m in the fast tier - U), reads * busy)
+        busy = model_read_s * bytes that the model's caches miss a token + draft_read_s * the same of the draft's
+        seconds = max(compute_s + waits * busy - fast_s * uses in the fast tier a token, reads * busy)
 
     Attributes:
         compute_s: decoding and drafting with all experts in RAM.
-        model_read_s, draft_read_s: seconds of reading for each byte that a token misses.
+        model_read_s, draft_read_s: seconds of reading for each byte that a token of theirs misses.
         waits: the part of reading that nothing hides.
         reads: the same with what is read ahead, and in vain.
-        fast_s: saved by each use of an expert in the fast tier.
+        fast_s: saved by each use a token of an expert in the fast tier.
         flight_bytes: of the budget, for reads in flight.
     """
 
-    choice: Choice
-    compute_s: float
-    model_read_s: float
-    draft_read_s: float
-    waits: float
-    reads: float
-    fast_s: float
-    flight_bytes: float
+    def __init__(self, state: State) -> None:
+        flights = np.array(sorted(set(state.in_flight)))
+        rates = np.array([state.bytes_per_s(n) for n in flights.tolist()])
+        faster = rates > np.concatenate([[0.0], np.maximum.accumulate(rates)[:-1]])  # more in flight must give more
+        n_verified, n_more = (len(state.decode_s), len(state.sensed)) if state.draft_s is not None else (1, 1)
+        shape = n_verified, n_more, len(state.lookahead), int(faster.sum())
+        verified, more, depth, flight = (x.ravel() for x in np.indices(shape))
+        self.verified, self.drafted, self.depth = verified, verified + more, depth
+        self.in_flight = flights[faster][flight]
+        self.flight_bytes = self.in_flight * state.slice_bytes
+        accepted = np.concatenate([[1.0], 1 + np.cumsum(state.accepted)])[verified]
+        recall, precision = np.array(state.lookahead, float)[depth].T
+        growth, rate = np.array(state.growth)[verified], rates[faster][flight]
+        self.compute_s = (np.array(state.decode_s)[verified] + self.drafted * (state.draft_s or 0.0)) / accepted
+        self.model_read_s = growth * (1 - np.array(state.sensed)[more]) / accepted / rate
+        self.draft_read_s = self.drafted / accepted / rate
+        self.waits = 1 - recall
+        self.reads = 1 - recall + recall / precision
+        self.fast_s = growth * (state.fast.saved_s if state.fast else 0.0) / accepted
 
-    def read_s(self, state: State) -> Floats:
-        """float64 [caches]: seconds of reading for each miss a token."""
-        return np.array([c.bundle_bytes * (self.draft_read_s if c.of_draft else self.model_read_s) for c in state.caches])
+    def __len__(self) -> int:
+        return len(self.verified)
 
-    def seconds(self, state: State, slots: Sequence[int], fast_slots: Sequence[int]) -> float:
-        """Expected, for each accepted token."""
-        misses = np.array([float(cache.curve.at(n)) for cache, n in zip(state.caches, slots, strict=True)])
-        busy = float((self.read_s(state) * misses).sum())
-        compute = self.compute_s + self.waits * busy
-        for cache, n in zip(state.caches, fast_slots, strict=True):
-            if not cache.of_draft:
-                compute -= self.fast_s * float(cache.curve.misses[0] - cache.curve.at(n))
-        return max(compute, self.reads * busy)
+    def choice(self, i: int) -> Choice:
+        return Choice(int(self.verified[i]), int(self.drafted[i]), int(self.depth[i]), int(self.in_flight[i]))
 
+    def seconds(self, busy: Any, fast_uses: float = 0.0, rows: Any = slice(None)) -> Any:
+        """Of some choices, by seconds of reading and uses in the fast tier."""
+        waiting = self.compute_s[rows] + self.waits[rows] * busy - self.fast_s[rows] * fast_uses
+        return np.maximum(waiting, self.reads[rows] * busy)
 
-def terms_of(state: State) -> list[Terms]:
-    """Of all choices, those left out that are worse than another one in every respect."""
-    rates = {n: state.bytes_per_s(n) for n in sorted(set(state.in_flight))}
-    flights = [n for n in rates if all(rates[n] > rates[fewer] for fewer in rates if fewer < n)]
-    pairs = [(0, 0)]
-    if state.draft_s is not None:
-        pairs = [(n, n + more) for n in range(len(state.decode_s)) for more in range(len(state.sensed))]
-    found = []
-    for verified, drafted in pairs:
-        accepted = 1 + sum(state.accepted[:verified])
-        compute_s = state.decode_s[verified] + drafted * (state.draft_s or 0.0)
-        misses = state.growth[verified] * (1 - state.sensed[drafted - verified])
-        fast_s = state.growth[verified] * state.fast.saved_s if state.fast else 0.0
-        for depth, (recall, precision) in enumerate(state.lookahead):
-            for n in flights:
-                found.append(
-                    Terms(
-                        Choice(verified, drafted, depth, n),
-                        compute_s=compute_s / accepted,
-                        model_read_s=misses / accepted / rates[n],
-                        draft_read_s=drafted / accepted / rates[n],
-                        waits=1 - recall,
-                        reads=1 - recall + recall / precision,
-                        fast_s=fast_s / accepted,
-                        flight_bytes=n * state.slice_bytes,
-                    )
-                )
-    return _best(state, found)
+    def read_s(self, state: State, i: int) -> Floats:
+        """float64 [caches]: seconds of reading for each miss a token, with a choice."""
+        return np.array([c.bundle_bytes * float(self.draft_read_s[i] if c.of_draft else self.model_read_s[i]) for c in state.caches])
 
-
-def _best(state: State, terms: list[Terms]) -> list[Terms]:
-    """Those that no other one dominates; of equals the first."""
-    uses = sum(float(cache.curve.misses[0]) for cache in state.caches if not cache.of_draft)
-    rows = np.array([
-        (
-            t.compute_s - t.fast_s * uses, t.fast_s, t.waits * t.model_read_s, t.waits * t.draft_read_s,
-            t.reads * t.model_read_s, t.reads * t.draft_read_s, t.flight_bytes,
+    def plan(self, state: State, i: int, slots: Iterable[int], fast_slots: Iterable[int], method: str) -> Plan:
+        """With its cost."""
+        of_all, of_fast = tuple(int(n) for n in slots), tuple(int(n) for n in fast_slots)
+        missed = np.array([float(cache.curve.at(n)) for cache, n in zip(state.caches, of_all, strict=True)])
+        fast_uses = sum(
+            float(cache.curve.misses[0] - cache.curve.at(n))
+            for cache, n in zip(state.caches, of_fast, strict=True)
+            if n > 0 and not cache.of_draft
         )
-        for t in terms
-    ])  # fmt: skip
-    kept: list[int] = []
-    for i in np.lexsort((np.arange(len(rows)), rows.sum(1) - rows[:, -1])):  # roughly: good ones first
-        others = rows[kept]
-        if not len(kept) or not (others <= rows[i]).all(1).any():
-            kept = [k for k in kept if not (rows[i] <= rows[k]).all()]
-            kept.append(int(i))
-    return [terms[i] for i in sorted(kept)]
+        seconds = float(self.seconds((self.read_s(state, i) * missed).sum(), fast_uses, i))
+        return Plan(self.choice(i), of_all, of_fast, seconds, method)
+
+    def used_bytes(self, state: State, i: int, slots: Sequence[int], fast_slots: Sequence[int]) -> tuple[float, float]:
+        """What a plan takes in RAM, and in the fast tier."""
+        sizes = np.array([cache.bundle_bytes for cache in state.caches], float)
+        fast = float((sizes * np.array(fast_slots)).sum())
+        return float((sizes * np.array(slots)).sum()) - fast + float(self.flight_bytes[i]), fast
 
 
 def floor_fast_slots(state: State) -> list[int]:
@@ -130,16 +110,3 @@ def check_feasible(state: State) -> None:
             f"an expert budget of {state.budget_bytes / MIB:.1f} MiB is too small: {least} take {need / MIB:.1f} MiB; "
             f"raise the memory limit by {(need - state.budget_bytes) / MIB:.1f} MiB"
         )
-
-
-def used_bytes(state: State, terms: Terms, slots: Sequence[int], fast_slots: Sequence[int]) -> tuple[float, float]:
-    """What a plan takes in RAM, and in the fast tier."""
-    sizes = np.array([cache.bundle_bytes for cache in state.caches], float)
-    fast = float((sizes * np.array(fast_slots)).sum())
-    return float((sizes * np.array(slots)).sum()) - fast + terms.flight_bytes, fast
-
-
-def make_plan(state: State, terms: Terms, slots: Iterable[int], fast_slots: Iterable[int], method: str) -> Plan:
-    """With its cost."""
-    of_all, of_fast = [int(n) for n in slots], [int(n) for n in fast_slots]
-    return Plan(terms.choice, tuple(of_all), tuple(of_fast), terms.seconds(state, of_all, of_fast), method)

@@ -2,7 +2,8 @@
 
 A cache's curve is convex and its cost is minimized, so its slots are a sum of segments that need no binaries. One binary for
 each choice; a choice's share of the misses is a variable of its own (the disaggregated form, whose relaxation is tight:
-Balas, Disjunctive programming, 1979), so the product of a choice and the misses is linear.
+Balas, Disjunctive programming, 1979), so the product of a choice and the misses is linear. Choices that a bound rules out
+(`heuristics.search`) stay out, and curves are exact near the slots found there, coarser elsewhere.
 
 PuLP is imported when the first program is built: it takes longer to import than all of spac's own modules.
 """
@@ -17,9 +18,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from spac.balancer.cost import MIB, check_feasible, floor_fast_slots, make_plan, terms_of, used_bytes
+from spac.balancer.cost import MIB, Costs
 from spac.balancer.curves import MissCurve
-from spac.balancer.heuristics import Steps, fill_up
+from spac.balancer.heuristics import Filling, search
 from spac.balancer.state import Plan, State
 from spac.errors import SpacError
 
@@ -38,12 +39,13 @@ class Solved:
     """A plan, and what finding it took.
 
     Attributes:
-        bound_s: no plan takes less for an accepted token, up to the gap; as the program's shortened curves have it.
-        build_s, solve_s: seconds of Python building the program, and of the solver with PuLP's handing over.
+        n_choices: how many choices were left to the program.
+        search_s: of ruling choices out. build_s: of Python building the program. solve_s: of the solver, PuLP's handing over included.
     """
 
     plan: Plan
-    bound_s: float
+    n_choices: int
+    search_s: float
     build_s: float
     solve_s: float
 
@@ -65,35 +67,56 @@ def solve(
         relaxed: the choice may be a mixture too; the one with the largest part is taken (LP relaxation and rounding).
         solver: "highs" in process, "cbc" that PuLP carries, or "auto": the first that is there.
         deadline_s: for the solver.
+        gap: relative; a plan that is so near the bound is good enough.
         n_segments: of a curve; None: as many as suit the number of caches.
 
     Raises:
         BudgetError: there is no plan.
         SolverError: the solver is missing, failed, or found no proven plan in time.
     """
-    check_feasible(state)
     begin = time.monotonic()
-    program = Program(state, integral and not relaxed, relaxed, n_segments)
+    costs = Costs(state)
+    filling = Filling(state, costs)
+    found = search(state, costs, filling, gap)
+    searched = time.monotonic()
+    if not found.open_choices and not relaxed:
+        return Solved(found.plan, 0, searched - begin, 0.0, 0.0)
+    rows = found.open_choices
+    if relaxed:  # an ablation: nothing is ruled out but what is not affordable
+        rows = tuple(np.flatnonzero(filling.affordable()).tolist())
+    program = Program(state, costs, filling, rows, found.plan, integral=integral, relaxed=relaxed, n_segments=n_segments)
     built = time.monotonic()
     program.run(solver, deadline_s, gap)
     plan = program.plan("rounded" if relaxed else "program")
-    return Solved(plan, program.bound_s, built - begin, time.monotonic() - built)
+    if not relaxed and found.plan.seconds_per_token <= plan.seconds_per_token:
+        plan = found.plan
+    return Solved(plan, len(rows), searched - begin, built - searched, time.monotonic() - built)
 
 
 class Program:
-    """One program for one state. `run` it, then ask for the `plan`."""
+    """One program for one state. `run` it, then ask for the `plan`.
 
-    def __init__(self, state: State, integral: bool, relaxed: bool, n_segments: int | None = None) -> None:
+    Args:
+        rows: of `costs`, the choices it decides between.
+        near: a good plan; curves are exact near its slots.
+    """
+
+    def __init__(
+        self, state: State, costs: Costs, filling: Filling, rows: tuple[int, ...], near: Plan,
+        *, integral: bool, relaxed: bool, n_segments: int | None = None,
+    ) -> None:  # fmt: skip
         import pulp
 
-        self._pulp, self._state = pulp, state
-        self._terms = [t for t in terms_of(state) if t.flight_bytes + self._floor_bytes() <= state.budget_bytes + self._fast_bytes()]
+        self._pulp, self._state, self._costs, self._filling, self._rows = pulp, state, costs, filling, rows
         if n_segments is None:
             n_segments = N_SEGMENTS if len(state.caches) > MANY_CACHES else 4 * N_SEGMENTS
-        self._curves = [_from_floor(cache.curve, cache.floor, n_segments) for cache in state.caches]
-        self._category = "Integer" if integral else "Continuous"
+        self._curves = [
+            _from_floor(cache.curve, cache.floor, n_segments, slots) for cache, slots in zip(state.caches, near.slots, strict=True)
+        ]
+        self._fast_curves = [_from_floor(cache.curve, 0, n_segments, n) for cache, n in zip(state.caches, near.fast_slots, strict=True)]
+        self._category = "Integer" if integral and not relaxed else "Continuous"
         self._lp = pulp.LpProblem("balancer", pulp.LpMinimize)
-        self._taken = [self._lp.add_variable(f"z{i}", 0, 1, "Continuous" if relaxed else "Integer") for i in range(len(self._terms))]
+        self._taken = [self._lp.add_variable(f"z{i}", 0, 1, "Continuous" if relaxed else "Integer") for i in range(len(rows))]
         self._slots = self._segments("x", self._curves)
         self._fast: list[list[tuple[Any, float]]] = [[] for _ in state.caches]
         self._build()
@@ -116,37 +139,37 @@ class Program:
         return found
 
     def _build(self) -> None:
-        pulp, state, lp = self._pulp, self._state, self._lp
-        sum_of = pulp.LpAffineExpression
-        costs = [lp.add_variable(f"t{i}", 0) for i in range(len(self._terms))]
-        lp += sum_of([(cost, 1.0) for cost in costs])
+        state, costs, lp = self._state, self._costs, self._lp
+        sum_of = self._pulp.LpAffineExpression
+        times = [lp.add_variable(f"t{i}", 0) for i in range(len(self._rows))]
+        lp += sum_of([(time_ms, 1.0) for time_ms in times])
         lp += sum_of([(z, 1.0) for z in self._taken]) == 1
         if state.fast is not None:
             self._add_fast_tier()
         ram = [(x, cache.bundle_bytes / MIB) for cache, parts in zip(state.caches, self._slots, strict=True) for x, _ in parts]
         ram += [(y, -cache.bundle_bytes / MIB) for cache, parts in zip(state.caches, self._fast, strict=True) for y, _ in parts]
-        ram += [(z, terms.flight_bytes / MIB) for z, terms in zip(self._taken, self._terms, strict=True)]
+        ram += [(z, float(costs.flight_bytes[row]) / MIB) for z, row in zip(self._taken, self._rows, strict=True)]
         lp += sum_of(ram) <= (state.budget_bytes - self._floor_bytes()) / MIB
 
         of_model = self._shares("m", False, self._slots, self._curves, 1 / MIB)
         of_draft = self._shares("d", True, self._slots, self._curves, 1 / MIB)
-        of_fast = self._shares("f", False, self._fast, [cache.curve for cache in state.caches], None) if state.fast else None
-        uses = sum(float(cache.curve.misses[0]) for cache in state.caches if not cache.of_draft)
-        for i, terms in enumerate(self._terms):
-            read = [(of_model[i], terms.model_read_s * MIB * MS)] if of_model else []
-            read += [(of_draft[i], terms.draft_read_s * MIB * MS)] if of_draft else []
-            waiting = [(m, terms.waits * s) for m, s in read] + [(costs[i], -1.0)]
-            waiting.append((self._taken[i], (terms.compute_s - terms.fast_s * uses) * MS))
-            waiting += [(of_fast[i], terms.fast_s * MS)] if of_fast else []
+        of_fast = self._shares("f", False, self._fast, self._fast_curves, None) if state.fast else []
+        uses = sum(float(curve.misses[0]) for cache, curve in zip(state.caches, self._fast_curves, strict=True) if not cache.of_draft)
+        for i, row in enumerate(self._rows):
+            read = [(of_model[i], float(costs.model_read_s[row]) * MIB * MS)]
+            read += [(of_draft[i], float(costs.draft_read_s[row]) * MIB * MS)] if of_draft else []
+            waits, reads, fast_s = (float(x[row]) for x in (costs.waits, costs.reads, costs.fast_s))
+            waiting = [(m, waits * s) for m, s in read] + [(times[i], -1.0)]
+            waiting.append((self._taken[i], (float(costs.compute_s[row]) - (fast_s * uses if of_fast else 0.0)) * MS))
+            waiting += [(of_fast[i], fast_s * MS)] if of_fast else []
             lp += sum_of(waiting) <= 0
-            if terms.reads > terms.waits:
-                lp += sum_of([(m, terms.reads * s) for m, s in read] + [(costs[i], -1.0)]) <= 0
+            if reads > waits:
+                lp += sum_of([(m, reads * s) for m, s in read] + [(times[i], -1.0)]) <= 0
 
     def _add_fast_tier(self) -> None:
         """Fast slots of the answering model's caches: within their budget, and of the slots that there are."""
         pulp, state = self._pulp, self._state
-        curves = [_from_floor(cache.curve, 0, N_SEGMENTS) for cache in state.caches]
-        self._fast = self._segments("y", curves)
+        self._fast = self._segments("y", self._fast_curves)
         for i, cache in enumerate(state.caches):
             if cache.of_draft:  # only floors that RAM has no room for
                 self._fast[i] = [(y, 0.0) for y, _ in self._fast[i]]
@@ -165,7 +188,7 @@ class Program:
         weights = {i: self._state.caches[i].bundle_bytes * per_byte if per_byte else 1.0 for i in chosen}
         most = sum(float(curves[i].misses[0]) * weights[i] for i in chosen)
         least = sum(float(curves[i].misses[-1]) * weights[i] for i in chosen)
-        shares = [self._lp.add_variable(f"{name}{i}", 0) for i in range(len(self._terms))]
+        shares = [self._lp.add_variable(f"{name}{i}", 0) for i in range(len(self._rows))]
         saved = [(x, gain * weights[i]) for i in chosen for x, gain in segments[i] if gain > 0]
         self._lp += self._pulp.LpAffineExpression([(m, 1.0) for m in shares] + saved) == most
         for share, z in zip(shares, self._taken, strict=True):
@@ -185,25 +208,26 @@ class Program:
             raise SolverError(f"{solver}: {e or type(e).__name__}") from None
         if self._lp.sol_status != pulp.LpSolutionOptimal:
             raise SolverError(f"{solver}: {pulp.LpSolution[self._lp.sol_status].lower()}")
-        self.bound_s = float(pulp.value(self._lp.objective)) / MS
 
     def plan(self, method: str) -> Plan:
         """Of the solution, with the whole curves' cost and nothing left over that a slot fits in."""
-        best = max(range(len(self._taken)), key=lambda i: self._taken[i].value() or 0.0)
-        terms = self._terms[best]
-        floors = np.array([cache.floor for cache in self._state.caches], np.int64)
-        slots = floors + self._rounded(self._slots)
+        best = self._rows[max(range(len(self._taken)), key=lambda i: self._taken[i].value() or 0.0)]
+        slots = self._filling.floors + self._rounded(self._slots)
         fast = np.minimum(self._rounded(self._fast), slots)
-        ram, _ = used_bytes(self._state, terms, slots.tolist(), fast.tolist())
+        ram, _ = self._costs.used_bytes(self._state, best, slots.tolist(), fast.tolist())
         if ram > self._state.budget_bytes + 1e-3:  # a mixture of choices, or of slots, had less to carry
-            slots, fast = floors, np.array(floor_fast_slots(self._state), np.int64)
-        return make_plan(self._state, terms, *fill_up(self._state, terms, Steps.of(self._state), slots, fast), method)
+            slots, fast = self._filling.floors, self._filling.fast_floors
+        return self._costs.plan(self._state, best, *self._filling.fill_up(best, slots, fast), method)
 
     def _rounded(self, segments: list[list[tuple[Any, float]]]) -> Any:
         return np.array([int(sum(x.value() or 0.0 for x, _ in parts) + 1e-6) for parts in segments], np.int64)
 
 
-def _from_floor(curve: MissCurve, floor: int, n_segments: int) -> MissCurve:
-    """The part of a curve from the floor on, shortened."""
+def _from_floor(curve: MissCurve, floor: int, n_segments: int, near: int) -> MissCurve:
+    """The part of a curve from the floor on, of fewer segments: exact about some slots."""
     corners = np.concatenate([[floor], curve.slots[curve.slots > floor]])
-    return MissCurve(corners, np.asarray(curve.at(corners), np.float64)).simplified(n_segments)
+    if len(corners) > n_segments + 1:
+        at = int(np.searchsorted(corners, near))
+        first = min(max(1, at - n_segments // 2), len(corners) - n_segments)
+        corners = np.concatenate([corners[:1], corners[first : first + n_segments - 1], corners[-1:]])
+    return MissCurve(corners, np.asarray(curve.at(corners), np.float64))
