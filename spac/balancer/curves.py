@@ -76,7 +76,7 @@ def merged(curves: Sequence[MissCurve], n_segments: int = 24) -> MissCurve:
     """The curve of one cache for all these layers, if every slot goes where it saves most."""
     gains = np.sort(np.concatenate([curve.gains for curve in curves]))[::-1]
     total = sum(float(curve.misses[0]) for curve in curves)
-    return MissCurve.through(total - np.concatenate([[0.0], np.cumsum(gains)])).simplified(n_segments)
+    return MissCurve.through(np.maximum(0.0, total - np.concatenate([[0.0], np.cumsum(gains)]))).simplified(n_segments)
 
 
 class StackDistances:

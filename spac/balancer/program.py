@@ -27,6 +27,7 @@ from spac.errors import SpacError
 N_SEGMENTS: Final = 8  # of a cache's curve, where there are many caches
 MANY_CACHES: Final = 8
 GAP: Final = 1e-4  # relative; below it the solver stops
+LEAST_PART: Final = 1e-6  # of a mixture of choices
 MS: Final = 1e3  # the program counts in milliseconds and MiB, which keeps its numbers near one
 
 
@@ -64,7 +65,7 @@ def solve(
 
     Args:
         integral: slots are integers in the program. Otherwise they are rounded down and what is left is given out one by one.
-        relaxed: the choice may be a mixture too; the one with the largest part is taken (LP relaxation and rounding).
+        relaxed: the choice may be a mixture too; the best of its parts is taken (LP relaxation and rounding).
         solver: "highs" in process, "cbc" that PuLP carries, or "auto": the first that is there.
         deadline_s: for the solver.
         gap: relative; a plan that is so near the bound is good enough.
@@ -210,14 +211,17 @@ class Program:
             raise SolverError(f"{solver}: {pulp.LpSolution[self._lp.sol_status].lower()}")
 
     def plan(self, method: str) -> Plan:
-        """Of the solution, with the whole curves' cost and nothing left over that a slot fits in."""
-        best = self._rows[max(range(len(self._taken)), key=lambda i: self._taken[i].value() or 0.0)]
+        """Of the solution, with the whole curves' cost and nothing left over that a slot fits in; of a mixture its best part."""
+        taken = [row for row, z in zip(self._rows, self._taken, strict=True) if (z.value() or 0.0) > LEAST_PART]
+        return min((self._plan(row, method) for row in taken), key=lambda plan: plan.seconds_per_token)
+
+    def _plan(self, row: int, method: str) -> Plan:
         slots = self._filling.floors + self._rounded(self._slots)
         fast = np.minimum(self._rounded(self._fast), slots)
-        ram, _ = self._costs.used_bytes(self._state, best, slots.tolist(), fast.tolist())
+        ram, _ = self._costs.used_bytes(self._state, row, slots.tolist(), fast.tolist())
         if ram > self._state.budget_bytes + 1e-3:  # a mixture of choices, or of slots, had less to carry
             slots, fast = self._filling.floors, self._filling.fast_floors
-        return self._costs.plan(self._state, best, *self._filling.fill_up(best, slots, fast), method)
+        return self._costs.plan(self._state, row, *self._filling.fill_up(row, slots, fast), method)
 
     def _rounded(self, segments: list[list[tuple[Any, float]]]) -> Any:
         return np.array([int(sum(x.value() or 0.0 for x, _ in parts) + 1e-6) for parts in segments], np.int64)
