@@ -35,6 +35,7 @@ DRAFTS = {"no draft": 0.0, "40 % right": 0.4, "80 % right": 0.8}  # of its token
 # gpt-oss, DeepSeek: about 4.25 and 4.5 bits a weight; the bundled model's routing stands for the 4.2 GiB model, which has its
 BUNDLE_BYTES = {"gpt-oss": 13_200_000, "DeepSeek": 4_900_000, "demo": 14_155_776}
 MOST_VERIFIED = 4
+KINDS = ("one cache", "by layer", "two sizes", "draft with experts", "fast tier")
 
 # A token's compute on the 4.2 GiB model (docs/benchmarks/paging/table.md), and its growth by DraftLength's first guess.
 TOKEN_S, SLOPE, DRAFT_S = 0.0174, 0.25, 0.001
@@ -95,13 +96,13 @@ def solve_times(say: list[str], n_default: int, n_program: int) -> None:
     say += [
         "## Time of a plan", "",
         f"Milliseconds, p50 / p99, of {n_default} made-up states (the program: {n_program}), one thread. *Default*: marginal gains, and the program",
-        "only where they are not proven to be within 1 %. *Program*: always, to a gap of 0.01 %, within 0.5 s; *late*: no proof by then.",
+        "only where they are not proven to be within 1 %. *Program*: always, to a gap of 0.01 %, within 0.5 s; *late*: no proof by then, left out of the times.",
         "*PuLP / HiGHS*: building the program in Python, and PuLP's handing over with the solver, p50, wall.", "",
         "| layers × experts | caches | method | CPU | wall | PuLP / HiGHS | late | greedy above its bound, at most |", "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     solve(made_up(2, 8, 2, "by layer", 0), gap=0)  # imports
     for layers, experts, k in ((16, 32, 4), (48, 128, 8), (60, 384, 8)):
-        for kind in ("one cache", "by layer", "two sizes", "draft with experts", "fast tier"):
+        for kind in KINDS:
             gaps = []
             for method, n in (("default", n_default), ("program", n_program)):
                 timed = Timed([], [], [], [])
@@ -125,6 +126,22 @@ def solve_times(say: list[str], n_default: int, n_program: int) -> None:
                 gap = f"{max(gaps):.3%}" if gaps else ""
                 say.append(f"| {layers} × {experts} | {kind} | {method} | {timed.cells()} | {gap} |")
                 print(say[-1], flush=True)
+
+
+def keeping_curves(say: list[str]) -> None:
+    say += ["", "## Keeping curves", "", "CPU milliseconds, means: `StackDistances.observe` of a token; `merged(curves())`.", "",
+            "| layers × experts | a token | merged curves |", "| --- | --- | --- |"]  # fmt: skip
+    random = np.random.default_rng(0)
+    for layers, experts, k in ((16, 32, 4), (48, 128, 8), (60, 384, 8)):
+        distances = StackDistances(layers, experts)
+        tokens = [np.argsort(random.random((1, layers, experts)), axis=2)[:, :, :k] for _ in range(200)]
+        begin = time.process_time()
+        for token in tokens:
+            distances.observe(token)
+        observed = time.process_time()
+        for _ in range(10):
+            merged(distances.curves())
+        say.append(f"| {layers} × {experts} | {1e3 * (observed - begin) / 200:.2f} | {1e3 * (time.process_time() - observed) / 10:.1f} |")
 
 
 def batches(trace: Trace, width: int) -> list[np.ndarray]:
@@ -198,10 +215,10 @@ def total_curve(say: list[str], traces: dict[str, Trace]) -> None:
         starts = np.unique(second.ubatch, return_index=True)[1]
         decoded = second.phase[starts] == 1
         found = {share: replay(second, parse_cache(share, second)).missed[decoded].sum() / decoded.sum() for share in SHARES}
-        scale = found["25%"] / curve.at(parse_cache("25%", second))
+        scaled = curve.scaled(found["25%"] / curve.at(parse_cache("25%", second)))
         for share in SHARES:
-            m = float(curve.at(parse_cache(share, second)))
-            say.append(f"| {name} | {share} | {found[share]:.2f} | {m / found[share] - 1:+.1%} | {m * scale / found[share] - 1:+.1%} |")
+            told = [float(c.at(parse_cache(share, second))) / found[share] - 1 for c in (curve, scaled)]
+            say.append(f"| {name} | {share} | {found[share]:.2f} | {told[0]:+.1%} | {told[1]:+.1%} |")
 
 
 def plans(say: list[str], traces: dict[str, Trace]) -> None:
@@ -251,6 +268,23 @@ def plans(say: list[str], traces: dict[str, Trace]) -> None:
     say += ["", "Settings chosen (of the nine instances of each kind):", "", *(f"- {key} ({n})" for key, n in sorted(chosen.items()))]
 
 
+def made_up_plans(say: list[str], n: int) -> None:
+    say += [
+        "", "## Plans for made-up states", "",
+        f"Seconds for each accepted token above the bound, geometric mean and worst of {n} states of 48 × 128 experts.", "",
+        "| caches | marginal gains | in turn | equal parts |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for kind in KINDS:
+        above: list[list[float]] = [[], [], []]
+        for seed in range(n):
+            state = made_up(48, 128, 8, kind, seed)
+            costs = Costs(state)
+            bound = search(state, costs, Filling(state, costs)).bound_s
+            for values, method in zip(above, (greedy, separate, uniform), strict=True):
+                values.append(method(state).seconds_per_token / bound)
+        say.append(f"| {kind} | " + " | ".join(f"{np.exp(np.log(x).mean()) - 1:.2%}, {max(x) - 1:.2%}" for x in above) + " |")
+
+
 def fixed(state: State, verified: int, sensed: int) -> Plan:
     """Marginal gains with settings that are always the same; without a draft there is nothing to verify or sense."""
     drafted = max(verified, sensed) if state.draft_s is not None else 0
@@ -298,7 +332,9 @@ def main() -> None:
         traces["DeepSeek-V2-Lite"] = from_deepseek(arguments.deepseek).trace
     say = ["# The balancer, measured", "", "Written by `scripts/balancer_study.py`, which says what the tables are.", ""]
     solve_times(say, arguments.states, max(1, arguments.states // 5))
+    keeping_curves(say)
     plans(say, traces)
+    made_up_plans(say, max(1, arguments.states // 3))
     quotas(say, traces)
     total_curve(say, traces)
     against_time_model(say)

@@ -63,6 +63,7 @@ class MissCurve:
         return MissCurve(self.slots[chosen], self.misses[chosen])
 
     def scaled(self, factor: float) -> MissCurve:
+        """By a factor, so that it agrees with misses that were counted."""
         return MissCurve(self.slots, self.misses * factor)
 
     @property

@@ -36,6 +36,12 @@ class Filling:
         self.fast_floors = np.array(floor_fast_slots(state), np.int64)
         self.floor_misses = np.array([float(cache.curve.at(cache.floor)) for cache in state.caches])
         self.answers = np.array([not cache.of_draft for cache in state.caches])
+        fast_bytes = state.fast.budget_bytes if state.fast else 0
+        self._room_bytes = state.budget_bytes + fast_bytes - float((self.floors * self._sizes).sum())  # above the floors
+        self._most_fast_uses = 0.0
+        if state.fast is not None:
+            most = np.where(self.answers, self.most, 0)
+            _, self._most_fast_uses = self.fill(self.answers.astype(float), np.zeros_like(most), most, fast_bytes)
 
     def fill(self, weights: Floats, start: Ints, most: Ints, budget_bytes: float) -> tuple[Ints, float]:
         """Slots [caches] from `start` to at most `most`: those that save most for their bytes, as far as the budget goes.
@@ -82,17 +88,10 @@ class Filling:
 
     def bound_s(self, i: int) -> float:
         """No plan with choice i takes less: as if the fast tier's memory served as RAM too, and slots could be divided."""
-        state, costs = self._state, self._costs
-        fast_uses, fast_bytes = 0.0, 0
-        if state.fast is not None:
-            fast_bytes = state.fast.budget_bytes
-            nothing = np.zeros_like(self.floors)
-            _, fast_uses = self.fill(self.answers.astype(float), nothing, np.where(self.answers, self.most, 0), fast_bytes)
-        weights = costs.read_s(state, i)
-        floor_bytes = float((self.floors * self._sizes).sum())
-        room = state.budget_bytes + fast_bytes - float(costs.flight_bytes[i]) - floor_bytes
-        _, saved = self.fill(weights, self.floors, self.most, room)
-        return float(costs.seconds(max(0.0, float((weights * self.floor_misses).sum()) - saved), fast_uses, i))
+        weights = self._costs.read_s(self._state, i)
+        _, saved = self.fill(weights, self.floors, self.most, self._room_bytes - float(self._costs.flight_bytes[i]))
+        busy = max(0.0, float((weights * self.floor_misses).sum()) - saved)
+        return float(self._costs.seconds(busy, self._most_fast_uses, i))
 
     def affordable(self) -> NDArray[np.bool_]:
         """Of each choice: whether its reads in flight leave room for the floors."""
@@ -104,19 +103,14 @@ class Filling:
 
         The room is divided between both models in one of CELLS ways, and each gets all that it would have within the cell.
         """
-        state, costs = self._state, self._costs
-        fast_bytes, fast_uses = state.fast.budget_bytes if state.fast else 0, 0.0
-        if state.fast is not None:
-            nothing = np.zeros_like(self.floors)
-            _, fast_uses = self.fill(self.answers.astype(float), nothing, np.where(self.answers, self.most, 0), fast_bytes)
-        room = state.budget_bytes + fast_bytes - float((self.floors * self._sizes).sum()) - float(costs.flight_bytes.min())
-        cells = np.linspace(0, max(0.0, room), CELLS + 1)
+        costs = self._costs
+        cells = np.linspace(0, max(0.0, self._room_bytes - float(costs.flight_bytes.min())), CELLS + 1)
         of_model = self._missed_bytes(self.answers, cells if not self.answers.all() else cells[-1:])
         busy = costs.model_read_s * of_model[-1]
         if not self.answers.all():
             of_draft = self._missed_bytes(~self.answers, cells[::-1])
             busy = (costs.model_read_s[:, None] * of_model[1:] + costs.draft_read_s[:, None] * of_draft[:-1]).min(1)
-        return np.asarray(np.where(self.affordable(), costs.seconds(busy, fast_uses), np.inf))
+        return np.asarray(np.where(self.affordable(), costs.seconds(busy, self._most_fast_uses), np.inf))
 
     def _missed_bytes(self, caches: NDArray[np.bool_], room_bytes: Floats) -> Floats:
         """Bytes that a token misses at least, if these caches have so much room above their floors."""
