@@ -154,6 +154,7 @@ class Simulation(ctypes.Structure):
         ("ubatch", ctypes.c_void_p),
         ("bundle_bytes", ctypes.c_void_p),
         ("foresight", ctypes.c_void_p),
+        ("layer_bundles", ctypes.c_void_p),
         ("n_tokens", ctypes.c_uint64),
         ("n_bundles", ctypes.c_uint64),
         ("n_layers", ctypes.c_int32),

@@ -285,6 +285,7 @@ void simulate(spac_simulation & s) {
     std::vector<uint64_t> capacity(s.by_layer ? (size_t) s.n_layers : 1, s.n_bundles);
     for (size_t i = 0; s.by_layer && i < capacity.size(); ++i) {
         capacity[i] = s.n_bundles / capacity.size() + (i < s.n_bundles % capacity.size() ? 1 : 0);
+        capacity[i] = s.layer_bundles ? s.layer_bundles[i] : capacity[i];
     }
     const std::unique_ptr<Order> order = make_order(s, bundles, visits, capacity);
     std::vector<uint64_t> held(capacity.size(), 0);

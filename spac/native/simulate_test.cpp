@@ -171,9 +171,16 @@ TEST_CASE("arguments that make no sense are refused") {
     CHECK(spac_simulate(nullptr) == SPAC_E_ARGUMENT);
     const uint16_t id = 0;
     const uint64_t bytes = 1;
-    s = { sizeof s, &id, nullptr, &bytes, nullptr, 1, 1, 1, 8, 1, SPAC_POLICY_MIN + 1, 0, 0, nullptr, nullptr, 0, 0, 0, 0 };
+    s = { sizeof s, &id, nullptr, &bytes, nullptr, nullptr, 1, 1, 1, 8, 1, SPAC_POLICY_MIN + 1, 0, 0, nullptr, nullptr, 0, 0, 0, 0 };
     CHECK(spac_simulate(&s) == SPAC_E_ARGUMENT);
     s.policy = SPAC_POLICY_MIN;
+    CHECK(spac_simulate(&s) == SPAC_OK);
+    const uint64_t room = 2;
+    s.layer_bundles = &room;
+    CHECK(spac_simulate(&s) == SPAC_E_ARGUMENT);
+    s.by_layer = 1;
+    CHECK(spac_simulate(&s) == SPAC_E_ARGUMENT);  // another sum
+    s.n_bundles = 2;
     CHECK(spac_simulate(&s) == SPAC_OK);
     s.n_bundles = 0;
     CHECK(spac_simulate(&s) == SPAC_E_ARGUMENT);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,13 +52,17 @@ class Replay:
 
 
 def replay(
-    trace: Trace, n_bundles: int, policy: str = "default", quota: str = "auto", foresight: NDArray[np.float32] | None = None
+    trace: Trace,
+    n_bundles: int,
+    policy: str = "default",
+    quota: str | Sequence[int] = "auto",
+    foresight: NDArray[np.float32] | None = None,
 ) -> Replay:
     """Replay a trace from an empty cache with room for `n_bundles`; bundles are fetched on demand.
 
     Args:
         quota: "auto": one cache for all layers for "default", as the pager has it, and one for each layer for the others,
-            as the literature has it.
+            as the literature has it. Numbers: one for each layer, with room for so many bundles; `n_bundles` is their sum.
         foresight: float32 [tokens, 3, layers, experts], for "default": what the engine would say before each token is decoded
             (`spac.estimator.foresight`); a negative first number: nothing.
 
@@ -66,11 +71,14 @@ def replay(
     """
     if policy not in POLICIES:
         raise OptionError(f"policy {policy!r} does not exist: use {', '.join(POLICIES)}")
-    if quota not in QUOTAS:
+    rooms = None if isinstance(quota, str) else np.array(quota, np.int64)
+    if rooms is not None and (rooms.shape != (trace.n_layers,) or (rooms < 0).any() or rooms.sum() != n_bundles):
+        raise OptionError(f"room by layer: {rooms.tolist()} are not {trace.n_layers} numbers that sum up to {n_bundles}")
+    if rooms is None and quota not in QUOTAS:
         raise OptionError(f"quota {quota!r} does not exist: use {', '.join(QUOTAS)}")
     if foresight is not None and foresight.shape != (trace.n_tokens, 3, trace.n_layers, trace.n_experts):
         raise OptionError(f"foresight has the shape {foresight.shape}; expected [tokens, 3, layers, experts]")
-    by_layer = quota == "layer" or (quota == "auto" and policy != "default")
+    by_layer = rooms is not None or quota == "layer" or (quota == "auto" and policy != "default")
     ids, ubatch = np.ascontiguousarray(trace.ids, np.uint16), np.ascontiguousarray(trace.ubatch, np.int32)
     bundle_bytes = np.array(trace.bundle_bytes or [0] * trace.n_layers, np.uint64)
     foresight = None if foresight is None else np.ascontiguousarray(foresight, np.float32)
@@ -82,6 +90,7 @@ def replay(
         ubatch=ubatch.ctypes.data,
         bundle_bytes=bundle_bytes.ctypes.data,
         foresight=None if foresight is None else foresight.ctypes.data,
+        layer_bundles=None if rooms is None else rooms.ctypes.data,
         n_tokens=trace.n_tokens,
         n_bundles=max(0, n_bundles),
         n_layers=trace.n_layers,

@@ -49,6 +49,21 @@ def test_lru_against_a_model_of_it(make_trace: MakeTrace) -> None:
     assert run(trace, room * trace.n_layers, "lru", "layer").misses == misses
 
 
+def test_caches_of_different_room(make_trace: MakeTrace) -> None:
+    trace = make_trace(seed=5)
+    rooms = [2, 9, 0, 5]
+    parts = []
+    for layer, room in enumerate(rooms):
+        alone = replace(trace, ids=trace.ids[:, layer : layer + 1], blocks=(1,), bundle_bytes=(1,))
+        parts.append(run(alone, room, "lru", "layer").misses if room else 2 * trace.n_tokens)
+    result = run(trace, 16, "lru", rooms)
+    assert (result.missed.sum(0).tolist(), result.quota) == (parts, "layer")
+    assert run(trace, 16, "lru", [4] * 4).misses == run(trace, 16, "lru", "layer").misses
+    for wrong in ([4, 4, 4], [4, 4, 4, 5], [-4, 8, 8, 4]):
+        with pytest.raises(OptionError, match="room by layer"):
+            run(trace, 16, "default", wrong)
+
+
 def test_auto_is_the_pagers_cache_for_default_and_one_by_layer_for_others(make_trace: MakeTrace) -> None:
     trace = make_trace()
     for policy in POLICIES:

@@ -177,6 +177,7 @@ typedef struct spac_simulation {
     const uint64_t * bundle_bytes;  // [n_layers]
     const float *    foresight;     // [n_tokens][3][n_layers][n_experts]: before each ubatch, of its first token, what
                                     // spac_model_foresee() takes; a negative first number: nothing. SPAC_POLICY_DEFAULT only. Or NULL
+    const uint64_t * layer_bundles; // [n_layers]: with by_layer, what there is room for in each; n_bundles is their sum. NULL: equal
     uint64_t         n_tokens;
     uint64_t         n_bundles;     // that there is room for, in all layers together
     int32_t          n_layers;
