@@ -590,7 +590,9 @@ def memory_measure(path: str, model_params: ctypes.Structure, context_params: ct
     return raw
 
 
-def reads_measure(path: str, offsets: Sequence[int], lengths: Sequence[int], *, depth: int, store: str = "auto", fresh: bool = True) -> float:
+def reads_measure(
+    path: str, offsets: Sequence[int], lengths: Sequence[int], *, depth: int, store: str = "auto", fresh: bool = True
+) -> float:
     """Seconds that these reads of a file take, `depth` in flight: see spac_reads in spac.h.
 
     Args:

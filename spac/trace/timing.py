@@ -57,10 +57,14 @@ class Reads:
 
 @dataclass(frozen=True)
 class Compute:
-    """Seconds of a decoded token with all experts in memory: in all, and of that in one expert-token's three products."""
+    """Seconds of a decoded token with all experts in memory: in all, and of that in one expert-token's three products.
+
+    `slice_s` is what a slice costs besides its bytes, once it has been read: being rearranged, and waking who waits for it.
+    """
 
     token_s: float
     expert_token_s: float
+    slice_s: float = 0.0
 
     @classmethod
     def measured(cls, trace: Trace, token_s: float | None = None) -> Compute:
@@ -119,7 +123,7 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
     for layer, n_bytes in enumerate(trace.bundle_bytes):
         for n_used, n_missed in np.unique(np.stack([uses[:, layer], missed[:, layer]], axis=1), axis=0).tolist():
             visits = (uses[:, layer] == n_used) & (missed[:, layer] == n_missed)
-            experts_s[visits] += _layer_s(n_used, n_missed, n_bytes, compute, reads)
+            experts_s[visits] += layer_s(n_used, n_missed, n_bytes, compute, reads)
     dense_s = max(0.0, compute.token_s - trace.n_layers * trace.n_used * compute.expert_token_s)
     bundle_bytes = np.array(trace.bundle_bytes, float)
     read_bytes = (missed * bundle_bytes).sum(axis=1)
@@ -130,13 +134,13 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
     return Prediction(len(decoded) / seconds, len(decoded) / bound)
 
 
-def _layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads: Reads) -> float:
+def layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads: Reads) -> float:
     """Seconds of one layer's experts, of which some must be read."""
     slice_bytes, product_s = bundle_bytes / PARTS, compute.expert_token_s / PARTS
     there: list[float] = []  # of the missing slices, when they have come
     while len(there) < missed * PARTS:
         n = min(READS_IN_FLIGHT, missed * PARTS - len(there))
-        there += [(there[-1] if there else 0.0) + n * slice_bytes / reads.bytes_per_s(slice_bytes, n)] * n
+        there += [(there[-1] if there else 0.0) + n * slice_bytes / reads.bytes_per_s(slice_bytes, n) + compute.slice_s] * n
     now = 0.0
     for part in range(PARTS):
         now += (used - missed) * product_s
