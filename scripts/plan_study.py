@@ -5,14 +5,15 @@
     .venv/bin/python scripts/plan_study.py build/demo/4g.gguf build/demo/spac-demo-1g.gguf --out docs/benchmarks/plan
     .venv/bin/python scripts/plan_study.py --report docs/benchmarks/plan        # the table again
 
-Each run is a process of its own in a profile's limits: cold, one of the benchmark's prompts, then sampled text with `spac run`'s settings
-(greedy text of so small a model goes round in a circle). Predicted by the header, the limit and what `spac tune` measured. Runs that are
+Each run is a process of its own in a profile's limits. It answers one of the benchmark's prompts of each kind, each from no expert in
+memory, with `spac run`'s settings (greedy text of so small a model goes round in a circle). Predicted by the header, the limit and what `spac tune` measured. Runs that are
 there already are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -34,8 +35,9 @@ from spac.gguf_check import check_model
 PROFILES: Final = ("native-500M", "pi5-8g-nvme", "pi5-sd", "native")
 MEMORIES: Final = (12, 25, 50)
 TOKENS: Final = 64
-RUN_S: Final = 60  # about; a slow cell decodes fewer tokens
-LEAST_TOKENS: Final = 12
+RUN_S: Final = 90  # about; a slow cell decodes fewer tokens
+LEAST_TOKENS: Final = 16
+KINDS: Final = 5  # prompts of a run, one after another, cold each time
 CTX: Final = 4096
 AIM: Final = 0.15
 
@@ -46,22 +48,27 @@ def run_worker(config: dict[str, Any]) -> None:
     from spac.generate import Sampling, make_sampler
 
     llama = spac.Llama(config["model"], memory=config["memory"], n_ctx=CTX, n_batch=512, n_threads=config["threads"], verbose=False)
-    tokens = llama.tokenize(config["prompt"].encode())
-    begin = time.perf_counter()
-    llama.eval(tokens)
-    ttft_s = time.perf_counter() - begin
-    before = llama.spac.stats()
-    sampler = make_sampler(Sampling(0.8, 40, 0.95, 0.05, config["seed"]))
-    begin = time.perf_counter()
-    for _ in range(config["tokens"]):
-        llama.eval([sampler.sample(llama._ctx, -1)])
-    decode_s = time.perf_counter() - begin
-    after = llama.spac.stats()
-    result: dict[str, Any] = {"prompt_tokens": len(tokens), "ttft_s": ttft_s, "tokens_per_s": config["tokens"] / decode_s, "paged": llama.spac.paged}
-    if after is not None:
-        uses = after.hits + after.misses - before.hits - before.misses
-        result |= {"miss_rate": (after.misses - before.misses) / uses, "budget_bytes": after.budget_bytes}
-    print(json.dumps(result))
+    answers = []
+    for prompt in config["prompts"]:
+        llama.reset()
+        llama._ctx.kv_cache_clear()
+        llama.spac.evict_all()
+        tokens = llama.tokenize(prompt.encode())
+        begin = time.perf_counter()
+        llama.eval(tokens)
+        answer: dict[str, Any] = {"prompt_tokens": len(tokens), "ttft_s": time.perf_counter() - begin}
+        before = llama.spac.stats()
+        with contextlib.closing(make_sampler(Sampling(0.8, 40, 0.95, 0.05, config["seed"]))) as sampler:
+            begin = time.perf_counter()
+            for _ in range(config["tokens"]):
+                llama.eval([sampler.sample(llama._ctx, -1)])
+            answer["tokens_per_s"] = config["tokens"] / (time.perf_counter() - begin)
+        after = llama.spac.stats()
+        if before is not None and after is not None:
+            uses = after.hits + after.misses - before.hits - before.misses
+            answer |= {"miss_rate": (after.misses - before.misses) / uses, "budget_bytes": after.budget_bytes}
+        answers.append(answer)
+    print(json.dumps({"answers": answers, "paged": llama.spac.paged}))
     llama.close()
 
 
@@ -86,29 +93,38 @@ def predict(model: Path, profile: str, memory: int, prompt_tokens: int) -> dict[
 
 def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
     every = prompts.load(())
-    prompt = every[repeat % len(every)]
+    chosen = [every[(repeat * KINDS + i) % len(every)].text for i in range(KINDS)]  # one of each kind
     size = model.stat().st_size
     limit = size * memory // 100
     with tempfile.TemporaryDirectory() as folder:
         profile = profile_file(name, Path(folder))
         limits = dataclasses.replace(profiles.load(profile).limits(size), memory_bytes=limit)
-        predicted = predict(model, profile, limit, len(prompt.text) // 4)
+        predicted = predict(model, profile, limit, sum(len(text) for text in chosen) // KINDS // 4)
     record: dict[str, Any] = {
-        "model": model.name, "profile": name, "memory": memory, "repeat": repeat, "prompt": prompt.id, "predicted": predicted,
+        "model": model.name, "profile": name, "memory": memory, "repeat": repeat, "predicted": predicted,
         "limits": dataclasses.asdict(limits), "not_enforced": cgroups.unenforceable(limits, [model]), "machine": records.machine(),
         "commit": records.commit(), "time": time.strftime("%Y-%m-%d %H:%M:%S"), "load": os.getloadavg()[0],
     }  # fmt: skip
     tokens = TOKENS
     if predicted["decode_tokens_per_s"]:
-        tokens = min(TOKENS, max(LEAST_TOKENS, int(RUN_S * predicted["decode_tokens_per_s"])))
-    config = {"model": str(model), "memory": limit, "prompt": prompt.text, "tokens": tokens, "seed": repeat, "threads": limits.cores}
+        tokens = min(TOKENS, max(LEAST_TOKENS, int(RUN_S * predicted["decode_tokens_per_s"] / KINDS)))
+    config = {"model": str(model), "memory": limit, "prompts": chosen, "tokens": tokens, "seed": repeat, "threads": limits.cores}
     enforced = {key: value for key, value in dataclasses.asdict(limits).items() if key not in record["not_enforced"]}
+    busy_s, begin = machine_busy_s(), time.monotonic()
     run = cgroups.run_limited([sys.executable, __file__, "--worker", json.dumps(config)], **enforced, measure=True, files=[model])
-    record["tokens"] = tokens
+    cores = record["machine"]["cores"]
+    others = (machine_busy_s() - busy_s - run.cpu_s) / (time.monotonic() - begin) / cores
+    record |= {"tokens": tokens, "others_share": round(others, 3)}
     if run.returncode == 0:
         return {**record, **json.loads(run.stdout.splitlines()[-1])}
     lines = run.stderr.strip().splitlines() or ["killed at the memory limit" if run.oom_killed else "no message"]
     return {**record, "error": lines[-1]}
+
+
+def machine_busy_s() -> float:
+    """Seconds that all processors have computed for programs, since the machine's start (proc_stat(5))."""
+    fields = [int(text) for text in Path("/proc/stat").read_text().split(maxsplit=5)[1:5]]
+    return (fields[0] + fields[1] + fields[2]) / os.sysconf("SC_CLK_TCK")
 
 
 def report(folder: Path) -> str:
@@ -121,37 +137,38 @@ def report(folder: Path) -> str:
         "# `spac plan` against real runs\n",
         f"- machine: {first['machine']['cpu']}, {first['machine']['cores']} cores; {min(r['time'] for r in runs)} to {max(r['time'] for r in runs)}",
         "- command: `.venv/bin/python scripts/plan_study.py`, which says how; the table again: `--report`",
-        "- measured: median of single runs, each with another prompt; *inside*: runs within the predicted interval; misses: for each routed expert\n",
-        "| model | profile | memory | runs | measured, tokens/s | predicted | interval | off by | inside | misses, run / predicted | experts, MiB, run / predicted |",
+        "- measured: median of cold answers, each to another prompt; *inside*: answers within the predicted interval; misses: for each routed expert",
+        "- *others*: processor time that other programs took, of all there was\n",
+        "| model | profile | memory | answers | measured, tokens/s | predicted | interval | off by | inside | misses, run / predicted | others |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     errors, inside, total, wrong = [], 0, 0, 0
     for (model, profile, memory), found in sorted(cells.items(), key=lambda item: (item[0][0], PROFILES.index(item[0][1]), item[0][2])):
-        done = [run for run in found if "error" not in run]
-        predicted = found[0]["predicted"]
-        label = f"| {model} | {profile} | {memory} % | {len(found)} |"
-        if not done or not predicted["fits"]:
-            agree = not done and not predicted["fits"]
+        answers = [(answer, run["predicted"]) for run in found for answer in run.get("answers", [])]
+        fits = found[0]["predicted"]["fits"]
+        label = f"| {model} | {profile} | {memory} % | {len(answers)} |"
+        if not answers or not fits:
+            agree = not answers and not fits
             wrong += not agree
-            lines.append(f"{label} {'runs' if done else 'does not fit'} | {'fits' if predicted['fits'] else 'does not fit'} | | {'' if agree else 'WRONG'} | | | |")
+            lines.append(f"{label} {'runs' if answers else 'does not fit'} | {'fits' if fits else 'does not fit'} | | {'' if agree else 'WRONG'} | | | |")
             continue
-        rate = statistics.median(run["tokens_per_s"] for run in done)
-        expected = statistics.median(run["predicted"]["decode_tokens_per_s"] for run in done)
-        low, high = (statistics.median(run["predicted"]["decode_interval"][i] for run in done) for i in (0, 1))
-        within = sum(run["predicted"]["decode_interval"][0] <= run["tokens_per_s"] <= run["predicted"]["decode_interval"][1] for run in done)
+        rate = statistics.median(answer["tokens_per_s"] for answer, _ in answers)
+        expected = statistics.median(p["decode_tokens_per_s"] for _, p in answers)
+        low, high = (statistics.median(p["decode_interval"][i] for _, p in answers) for i in (0, 1))
+        within = sum(p["decode_interval"][0] <= answer["tokens_per_s"] <= p["decode_interval"][1] for answer, p in answers)
         if profile != "native":  # without a limit the disk is shared, and what is measured is also who else reads
             errors.append(abs(expected / rate - 1))
-            inside, total = inside + within, total + len(done)
-        misses = experts = ""
-        if done[0]["paged"]:
-            missed = statistics.median(run["miss_rate"] for run in done)
-            misses = f"{missed:.3f} / {statistics.median(run['predicted']['miss_rate'] for run in done):.3f}"
-            experts = f"{statistics.median(run['budget_bytes'] for run in done) / 2**20:.0f} / {predicted['budget']['expert_bytes'] / 2**20:.0f}"
-        lines.append(f"{label} {rate:.2f} | {expected:.2f} | {low:.2f} to {high:.2f} | {expected / rate - 1:+.1%} | {within} of {len(done)} | {misses} | {experts} |")
+            inside, total = inside + within, total + len(answers)
+        misses = ""
+        if "miss_rate" in answers[0][0]:
+            missed = statistics.median(answer["miss_rate"] for answer, _ in answers)
+            misses = f"{missed:.3f} / {statistics.median(p['miss_rate'] for _, p in answers):.3f}"
+        others = statistics.median(run["others_share"] for run in found)
+        lines.append(f"{label} {rate:.2f} | {expected:.2f} | {low:.2f} to {high:.2f} | {expected / rate - 1:+.1%} | {within} of {len(answers)} | {misses} | {others:.0%} |")
     if errors:
         lines += [
             "", f"With limited reads: within {AIM:.0%} in {sum(e <= AIM for e in errors)} of {len(errors)} cells, largest error {max(errors):.1%};"
-            f" {inside} of {total} runs inside the interval. Wrong about fitting: {wrong}.",
+            f" {inside} of {total} answers inside the interval. Wrong about fitting: {wrong}.",
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -184,7 +201,7 @@ def main() -> None:
                             continue
                         record = measure(model.resolve(), name, memory, repeat)
                         path.write_text(json.dumps(record, separators=(",", ":")) + "\n")
-                        said = record.get("error") or f"{record['tokens_per_s']:.2f} tokens/s"
+                        said = record.get("error") or ", ".join(f"{answer['tokens_per_s']:.2f}" for answer in record["answers"]) + " tokens/s"
                         print(f"{path.name}: {said}, predicted {record['predicted']['decode_tokens_per_s']}", file=sys.stderr)
     text = report(folder)
     (folder / "table.md").write_text(text)

@@ -394,13 +394,13 @@ def load(path: Path, build: str | None = None) -> Device | None:
     try:
         with path.open("rb") as file:
             text = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as e:
         raise UnusableProfile(f"{path}: cannot be read ({e.strerror})") from None
     try:
         device = _parse(json.loads(text))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UnusableProfile(f"{path}: damaged") from None
     if device.build != (build or _build()):
         raise UnusableProfile(f"{path}: measured by another build of spac")
@@ -408,7 +408,7 @@ def load(path: Path, build: str | None = None) -> Device | None:
 
 
 def _parse(values: dict[str, Any]) -> Device:
-    """Raises ValueError, TypeError or KeyError for whatever is not as it should be."""
+    """Raises ValueError, TypeError, KeyError or AttributeError for whatever is not as it should be."""
     values = dict(values)
     if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
         raise ValueError("format")

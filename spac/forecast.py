@@ -185,7 +185,7 @@ def speed(work: Work, plan: Plan, machine: Machine, *, n_ctx: int, n_ubatch: int
     """Of a model in a memory plan."""
     known = min(1.0, prompt_tokens / n_ctx) if n_ctx else 0.0
     attention_s = plan.sizes.context_bytes * known / machine.device.memory_bytes_per_s
-    expected = _misses(work, plan)
+    expected = _misses(work, _while_decoding(plan, n_ubatch, prompt_tokens))
 
     def decode(miss: float, compute: float, which: str) -> float:
         return 1 / decode_s(work, machine, miss, machine.reads(which), attention_s=attention_s, slower=compute)
@@ -200,6 +200,12 @@ def speed(work: Work, plan: Plan, machine: Machine, *, n_ctx: int, n_ubatch: int
         read_bytes_per_token=expected.median * work.n_used * sum(layer.bundle_bytes for layer in work.layers),
         miss_rate=expected.median,
     )
+
+
+def _while_decoding(plan: Plan, n_ubatch: int, prompt_tokens: int) -> Plan:
+    """A prompt shorter than a ubatch leaves a part of the compute buffers untouched, and the governor gives it to the experts."""
+    untouched = int(plan.sizes.compute_bytes * (1 - min(1.0, prompt_tokens / n_ubatch)))
+    return dataclasses.replace(plan, expert_budget_bytes=min(plan.expert_budget_bytes + untouched, plan.sizes.expert_bytes))
 
 
 def _misses(work: Work, plan: Plan) -> Misses:

@@ -81,7 +81,9 @@ def misses(share: float, architecture: str, n_experts: int, n_used: int) -> Miss
         n_used: by a token.
     """
     used = n_used / n_experts
-    beyond = (share - used) / (1 - used) if used < 1 else 1.0
+    if used >= 1:  # every token uses all: what is not there is missed
+        return Misses(*[min(1.0, max(1 - share, 1e-3))] * 3)
+    beyond = (share - used) / (1 - used)
     own = reference_of(architecture, n_experts, n_used)
     chosen = (own,) if own is not None else REFERENCES
 
@@ -94,6 +96,5 @@ def misses(share: float, architecture: str, n_experts: int, n_used: int) -> Miss
 
 def _interpolate(beyond: float, used: float, shares: tuple[float, ...], values: tuple[float, ...]) -> float:
     """Between the measured shares by the logarithm of misses; without memory everything misses, and almost nothing where all fits."""
-    nothing = -used / (1 - used) if used < 1 else -1.0
-    xs = (nothing, *shares, 1.0)
+    xs = (-used / (1 - used), *shares, 1.0)
     return float(np.exp(np.interp(beyond, xs, np.log((1.0, *values, min(values[-1], 0.01))))))

@@ -155,6 +155,8 @@ class _RemoteFile:
             request = urllib.request.Request(self.url, headers={"Range": f"bytes={begin}-{end - 1}", "User-Agent": "spac"})
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
                 self._take(response, begin, end)
+        except ModelFileError:
+            raise
         except urllib.error.HTTPError as e:
             raise ModelFileError(f"{self.url}: {_STATUS.get(e.code, f'the server answered {e.code} {e.reason}')}") from None
         except urllib.error.URLError as e:
