@@ -399,16 +399,27 @@ def load(path: Path, build: str | None = None) -> Device | None:
     except OSError as e:
         raise UnusableProfile(f"{path}: cannot be read ({e.strerror})") from None
     try:
-        device = _parse(json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        device = parse(text)
+    except ValueError:
         raise UnusableProfile(f"{path}: damaged") from None
     if device.build != (build or _build()):
         raise UnusableProfile(f"{path}: measured by another build of spac")
     return device
 
 
+def parse(text: str | bytes) -> Device:
+    """What `save` wrote, of any build.
+
+    Raises:
+        ValueError: something is not as it should be.
+    """
+    try:
+        return _parse(json.loads(text))
+    except (TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise ValueError(str(e)) from None
+
+
 def _parse(values: dict[str, Any]) -> Device:
-    """Raises ValueError, TypeError, KeyError or AttributeError for whatever is not as it should be."""
     values = dict(values)
     if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
         raise ValueError("format")

@@ -16,7 +16,7 @@ from spac.device import Device, bits
 from spac.errors import BudgetError
 from spac.gguf_check import PAGE_BYTES, ModelFacts, expert_layer_of
 from spac.gguf_reader import Tensor
-from spac.memory import GIB
+from spac.memory import GIB, MIB
 from spac.miss_curve import Misses, misses
 from spac.plan import MIN_UBATCH, Plan, Sizes, fit, least_limit_bytes, whole_limit_bytes
 from spac.trace.timing import PARTS, READS_IN_FLIGHT, Compute, Reads, layer_s
@@ -28,6 +28,7 @@ OPS_PER_LAYER: Final = 45  # of a graph that compute next to nothing, beside the
 TOKEN_S: Final = 0.5e-3  # sampling and Python, for each token
 COMPUTE_SPREAD: Final = 1.15  # either way: other programs, clocks, shapes of matrices
 READ_SPREAD: Final = 1.1  # a token's reads against the disk's mean
+GROWTH_BYTES: Final = 12 * MIB  # of the process between planning and decoding: heap, stacks, what the signals learn
 READING_SPEED: Final = 5.0  # tokens/s: as fast as people read
 LEAST_BITS: Final = 4.0  # below, quality falls quickly
 CANDIDATES: Final = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
@@ -287,7 +288,7 @@ class Question:
 
     Attributes:
         measure: sizes by ubatch.
-        base_bytes: of the process before the model.
+        base_bytes: of the process besides the model.
         n_ubatch: None: what the limit allows.
     """
 

@@ -72,7 +72,7 @@ def ask(
     paths: tuple[str, ...], facts: ModelFacts, profile: str | None, memory: str | None, ctx: int, ubatch: int | None, prompt_tokens: int
 ) -> tuple[Question, Device, int]:
     """The question, the device that was measured, and the memory limit in bytes."""
-    from spac.forecast import Machine, Question, Work
+    from spac.forecast import GROWTH_BYTES, Machine, Question, Work
     from spac.gguf_reader import read_gguf
     from spac.memory import auto_limit_bytes, parse_memory, resident_bytes
 
@@ -84,7 +84,7 @@ def ask(
 
     threads = min(limits.cores or sys.maxsize, seam.physical_cores())
     n_ctx = ctx or facts.n_ctx_train or 4096
-    base_bytes = resident_bytes()  # as `spac run` has when it plans
+    base_bytes = resident_bytes() + GROWTH_BYTES  # as `spac run` has when it plans, and later
     measured = find_device(paths[0] if facts.path == paths[0] else None, work)
 
     @functools.cache

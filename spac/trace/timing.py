@@ -1,6 +1,6 @@
 """From a replay to seconds: predicted tokens/s, and the bound that no order of reads and products can pass.
 
-All inputs are measured: reads by size and number (scripts/measure_paging.py --reads), compute from a trace recorded with all
+All inputs are measured: reads by size and number (spac tune), compute from a trace recorded with all
 experts in memory, or from a run like that. Nothing is fitted.
 """
 
@@ -30,19 +30,26 @@ class Reads:
 
     @classmethod
     def load(cls, path: str) -> Reads:
-        """From what scripts/measure_paging.py --reads prints: rows of KiB, depth, MB/s.
+        """From what `spac tune` keeps, or from text: rows of KiB, depth, MB/s.
 
         Raises:
-            OptionError: there are no such rows in the file.
+            OptionError: there are no measured reads in the file.
         """
         try:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as e:
             raise OptionError(f"{path}: cannot read measured reads: {e}") from None
+        if text.startswith("{"):
+            from spac import device
+
+            try:
+                return device.parse(text).read_table()
+            except ValueError:
+                raise OptionError(f"{path}: damaged; run spac tune") from None
         rows = re.findall(r"^\s*(\d+)\s+(\d+)\s+(\d+(?:\.\d+)?)", text, re.MULTILINE)
         table = {(int(kib) * 1024, int(depth)): float(rate) * 1e6 for kib, depth, rate in rows if float(rate) > 0 and int(depth) > 0}
         if not table:
-            raise OptionError(f"{path}: no rows of KiB, reads in flight and MB/s: run scripts/measure_paging.py --reads")
+            raise OptionError(f"{path}: no rows of KiB, reads in flight and MB/s: give what spac tune keeps")
         return cls(table)
 
     def bytes_per_s(self, size: float, depth: float) -> float:

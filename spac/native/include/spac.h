@@ -224,7 +224,7 @@ typedef struct spac_products {
     int32_t  repacked;   // result: this CPU has another layout for the type
     int32_t  reserved;   // 0
     double   min_s;      // repeat at least so long
-    double   seconds;    // result: of one product, the fastest quarter's slowest
+    double   seconds;    // result: of one product, the fastest
     double   repack_s;   // result: rearranging all weights, on one thread; 0: not repacked
 } spac_products;
 
