@@ -4,10 +4,14 @@
     make build build/demo/4g.gguf && .venv/bin/spac tune build/demo
     .venv/bin/python scripts/plan_study.py build/demo/4g.gguf build/demo/spac-demo-1g.gguf --out docs/benchmarks/plan
     .venv/bin/python scripts/plan_study.py --report docs/benchmarks/plan        # the table again
+    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 11.3    # docs/benchmarks/plan/time-model.md
 
 Each run is a process of its own in a profile's limits. It answers one of the benchmark's prompts of each kind, each from no expert in
 memory, with `spac run`'s settings (greedy text of so small a model goes round in a circle). Predicted by the header, the limit and what `spac tune` measured. Runs that are
 there already are kept.
+
+`--time-model` tries the time model alone: runs of scripts/measure_paging.py, with the misses that they had instead of those of the curve,
+and with their own reads and compute times; `--repack` is what `spac tune` says of Q4_0 (billions of weights a second).
 """
 
 from __future__ import annotations
@@ -173,6 +177,43 @@ def report(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def time_model(folder: Path, repack_per_s: float) -> str:
+    """Decoding as `forecast.decode_s` has it, against runs whose misses are known."""
+    import measure_paging as paging
+
+    from spac.device import Device, ProductRow, ReadRow
+    from spac.forecast import LayerWork, Machine, Work, decode_s
+
+    runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+    lines = [
+        "# The time model with known misses\n",
+        f"`.venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack {repack_per_s / 1e9:g}`: how each expert missing independently with a run's own rate compares with the run.\n",
+        "| profile | memory | reads limited to | misses | measured, tokens/s | predicted | off by |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    errors = []
+    for run in sorted((run for run in runs if run["kind"] == "speed"), key=lambda run: (run["profile"], run["memory"], run["read"])):
+        compute, trace, _ = paging.compute_of(runs, run["profile"], folder)
+        bundle, n = max(trace.bundle_bytes), trace.n_layers * trace.n_used
+        weights = bundle * 32 // 18  # Q4_0
+        reads = paging.reads_of(run, runs, bundle // 3)
+        limits = cgroups.Limits(**{**run["limits"], "memory_bytes": None, "read_bytes_per_s": int(reads.limit_bytes_per_s) if reads.limit_bytes_per_s else None})
+        rows = tuple(ReadRow("direct", size, depth, *[size * depth / rate] * 3) for (size, depth), rate in reads.by_size_and_depth.items())
+        # measured with the profile's processors: neither fewer cores nor a share is to be counted again
+        limits = dataclasses.replace(limits, cores=None, cpu_share=None)
+        threads = run["threads"]
+        device = Device("", threads, "", "", threads, rows, (ProductRow("Q4_0", 1, weights / compute.expert_token_s),), {"Q4_0": repack_per_s}, 1e-12, 5e-6, 1e12)
+        layer = LayerWork(trace.n_experts, bundle, bundle, (("Q4_0", weights),))
+        dense = max(0, int((compute.token_s - n * compute.expert_token_s) * weights / compute.expert_token_s))
+        work = Work("", trace.n_used, trace.n_layers, (layer,) * trace.n_layers, (("Q4_0", dense),), 256)
+        machine = Machine(device, limits)
+        miss = sum(row["misses"] for row in run["tokens"]) / len(run["tokens"]) / n
+        rate, predicted = paging.speed(run), 1 / decode_s(work, machine, miss, machine.reads())
+        errors.append(abs(predicted / rate - 1))
+        memory, read = paging.label(run).split(" | ")[1:]
+        lines.append(f"| {run['profile']} | {memory} | {read} | {miss:.3f} | {rate:.2f} | {predicted:.2f} | {predicted / rate - 1:+.1%} |")
+    return "\n".join([*lines, "", f"Largest error: {max(errors):.1%}; {sum(e <= AIM for e in errors)} of {len(errors)} within {AIM:.0%}."]) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="spac plan against real runs")
     parser.add_argument("models", nargs="*", type=Path)
@@ -181,10 +222,15 @@ def main() -> None:
     parser.add_argument("--memory", action="append", type=int, choices=MEMORIES, help="only these, %% of the model; repeat it")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--report", type=Path, help="only make the table again")
+    parser.add_argument("--time-model", type=Path, metavar="FOLDER", help="only try the time model on runs of measure_paging.py")
+    parser.add_argument("--repack", type=float, default=0, metavar="N", help="billions of Q4_0 weights that a thread rearranges a second")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         run_worker(json.loads(options.worker))
+        return
+    if options.time_model:
+        print(time_model(options.time_model, options.repack * 1e9), end="")
         return
     folder = options.report or options.out
     if options.report is None:
