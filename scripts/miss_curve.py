@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Misses by share of the experts in memory, request by request from an empty cache: what spac/miss_curve.py interpolates.
 
-    .venv/bin/python scripts/trace_demo.py build/demo/trace.npz
-    .venv/bin/python scripts/miss_curve.py build/demo/trace.npz [TRACE ...] > docs/benchmarks/plan/misses.md
+    .venv/bin/python scripts/trace_demo.py build/demo/run.npz --as-run
+    .venv/bin/python scripts/miss_curve.py build/demo/run.npz [TRACE ...] > docs/benchmarks/plan/misses.md
 
 A request is replayed alone through the pager's policy. Its prompt, or where none was recorded its first tokens, fill the cache; then
 misses for each routed expert are counted over the next tokens. Shares count from what one token uses (0) to all experts (1).
