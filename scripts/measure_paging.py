@@ -4,10 +4,9 @@
     make build build/demo/4g.gguf
     .venv/bin/python scripts/measure_paging.py build/demo/4g.gguf --out docs/benchmarks/paging
     .venv/bin/python scripts/measure_paging.py --report docs/benchmarks/paging        # the tables again
-    .venv/bin/python scripts/measure_paging.py MODEL --reads > reads.txt              # for `spac simulate --reads`
 
-Each run decodes greedily in a control group. The bare reader (scripts/bare_reads.cpp), in the same group and so behind the same
-limits, reads the slices that the run had missed.
+Each run decodes greedily in a control group. The bare reader (spac_reads_measure, in a process of its own), in the same group and so
+behind the same limits, reads the slices that the run had missed.
 
 - `speed`: afterwards the reader takes each token's slices as one stream, six in flight: what the disk alone would need. Then some
   random slices at once, into small pages, as the pager has them: the time model's table of reads.
@@ -16,7 +15,7 @@ limits, reads the slices that the run had missed.
 - `reference`: everything in memory, with a profile's processors: the trace and the compute times that the model starts from.
 
 The group gets `ROOM_BYTES` more than spac is told, for the reader. Runs that are there already are kept, and those that others
-disturbed are named: delete them to have them again. Needs a C++ compiler.
+disturbed are named: delete them to have them again.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -45,7 +43,8 @@ from spac.trace.format import Trace
 from spac.trace.simulation import replay
 from spac.trace.timing import READS_IN_FLIGHT, Compute, Reads, limited, predict
 
-ROOM_BYTES: Final = 48 << 20
+ROOM_BYTES: Final = 112 << 20  # Python, and memory for six reads
+BLOCK: Final = 4096
 DEPTHS: Final = (1, 2, 3, 6)
 PAGES: Final = ("huge", "small")  # that the reader reads into
 SAMPLES: Final = 12  # of each depth
@@ -63,10 +62,11 @@ CELLS: Final = (
 
 
 class BareReader:
-    """scripts/bare_reads.cpp, running."""
+    """`serve_reads`, running: whole blocks by O_DIRECT, from threads that pread."""
 
-    def __init__(self, program: str, model: str) -> None:
-        self.process = subprocess.Popen([program, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, model: str) -> None:
+        command = [sys.executable, __file__, "--reader", model]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def seconds(self, slices: list[tuple[int, int]], depth: int, pages: str) -> float:
         """What reading these (offset, length) takes; pages: a name of `PAGES`."""
@@ -74,16 +74,28 @@ class BareReader:
             return 0.0
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
-        stdin.write(f"{depth} {pages} " + " ".join(f"{offset}:{length}" for offset, length in slices) + "\n")
+        stdin.write(json.dumps([depth, pages, slices]) + "\n")
         stdin.flush()
         return float(stdout.readline())
-
 
     def close(self) -> None:
         """End it, so that its processor time counts as ours."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+
+def serve_reads(model: str) -> None:
+    """Reads what stdin says, a line at a time, and prints the seconds that a line took."""
+    from spac import control
+
+    size = os.stat(model).st_size  # noqa: PTH116
+    for line in sys.stdin:
+        depth, pages, slices = json.loads(line)
+        offsets = [offset // BLOCK * BLOCK for offset, _ in slices]
+        ends = [min(size, -(-(offset + length) // BLOCK) * BLOCK) for offset, length in slices]
+        lengths = [end - offset for offset, end in zip(offsets, ends, strict=True)]
+        print(control.reads_measure(model, offsets, lengths, depth=depth, store="direct", huge=pages == "huge"), flush=True)
 
 
 def expert_slices(model: str) -> dict[int, list[list[tuple[int, int]]]]:
@@ -104,7 +116,7 @@ def expert_slices(model: str) -> dict[int, list[list[tuple[int, int]]]]:
 
 def run_worker(config: dict[str, Any]) -> None:
     """A run, as a process of its own: prints one JSON object."""
-    reader, kind = BareReader(config["reader"], config["model"]), config["kind"]
+    reader, kind = BareReader(config["model"]), config["kind"]
     engine = worker.Engine({**worker.DEFAULTS, **config})
     handle, slices = engine.llama.spac, expert_slices(config["model"])
     prompt = engine.tokenize(FIXED)
@@ -166,14 +178,7 @@ def replay_visits(
 # -- outside --
 
 
-def build_reader(folder: Path) -> Path:
-    program = folder / "bare_reads"
-    source = Path(__file__).with_name("bare_reads.cpp")
-    subprocess.run(["g++", "-O2", "-std=c++17", "-o", program, source, "-lpthread"], check=True)
-    return program
-
-
-def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: int, out: Path, reader: Path) -> dict[str, Any]:
+def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: int, out: Path) -> dict[str, Any]:
     """One run's record; a reference's trace is written beside it."""
     kind, name, memory, read = cell
     profile = profiles.load(name)
@@ -186,7 +191,7 @@ def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: i
     record_routing = kind == "misses" or (kind == "reference" and memory == "traced")
     trace = str(out / f"trace-{name}.npz") if record_routing and kind == "reference" else ""
     config = {
-        "kind": kind, "engine": "spac", "model": str(model), "tokens": tokens, "prompt_tokens": PROMPT_TOKENS, "reader": str(reader),
+        "kind": kind, "engine": "spac", "model": str(model), "tokens": tokens, "prompt_tokens": PROMPT_TOKENS,
         "threads": limits.cores or default_threads(), "trace": trace,
         "arguments": {"paging": "on", "memory": limits.memory_bytes or 2 * size, "record_routing": record_routing},
     }  # fmt: skip
@@ -213,18 +218,6 @@ def machine_busy_s() -> float:
     return (fields[0] + fields[1] + fields[2]) / os.sysconf("SC_CLK_TCK")
 
 
-def print_reads(model: Path, reader: Path) -> None:
-    """A table of reads for `spac simulate`: as the pager's, asked for at once, into small pages."""
-    bare, shuffle = BareReader(str(reader), str(model)), random.Random(1)
-    own = next(iter(expert_slices(str(model)).values()))[0][0][1]
-    print("MB/s of reads asked for at once, into small pages: median of 30 (lowest to highest)\n     KiB  depth")
-    for length in sorted({64 << 10, 1 << 20, 4 << 20, own}):
-        for depth in DEPTHS:
-            offsets = [[shuffle.randrange(model.stat().st_size // length) * length for _ in range(depth)] for _ in range(30)]
-            rates = sorted(depth * length / bare.seconds([(offset, length) for offset in batch], depth, "small") / 1e6 for batch in offsets)
-            print(f"{length >> 10:8} {depth:6}   {statistics.median(rates):7.0f} ({rates[0]:6.0f} to {rates[-1]:6.0f})")
-
-
 def file_name(cell: tuple[str, str, str, str], repeat: int) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(cell).lower()).strip("-") + f"-{repeat}.json"
 
@@ -237,33 +230,30 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--report", type=Path, help="only make the tables again")
-    parser.add_argument("--reads", action="store_true", help="only print a table of reads, for `spac simulate --reads`")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--reader", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         run_worker(json.loads(options.worker))
         return
+    if options.reader:
+        serve_reads(options.reader)
+        return
     if options.report is None:
         if options.model is None:
             parser.error("no model")
-        if options.reads:
-            with tempfile.TemporaryDirectory() as folder:
-                print_reads(options.model.resolve(), build_reader(Path(folder)))
-            return
         used = sorted({cell[1] for cell in CELLS if cell[0] == "speed"})
         cells = [("reference", name, how, "") for name in used for how in ("plain", "traced")] + list(CELLS)
         (options.out / "runs").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            reader = build_reader(Path(folder))
-            for repeat in range(options.repeats):
-                for cell in cells:
-                    path = options.out / "runs" / file_name(cell, repeat)
-                    if options.only not in path.name or path.exists() or (cell[2] == "traced" and repeat):
-                        continue
-                    record = measure(options.model.resolve(), cell, options.tokens, repeat, options.out, reader)
-                    path.write_text(json.dumps(record, indent=None, separators=(",", ":")) + "\n")
-                    seconds = sum(row["wall_s"] for row in record["tokens"])
-                    print(f"{path.name}: {len(record['tokens']) / seconds:.2f} tokens/s", file=sys.stderr)
+        for repeat in range(options.repeats):
+            for cell in cells:
+                path = options.out / "runs" / file_name(cell, repeat)
+                if options.only not in path.name or path.exists() or (cell[2] == "traced" and repeat):
+                    continue
+                record = measure(options.model.resolve(), cell, options.tokens, repeat, options.out)
+                path.write_text(json.dumps(record, indent=None, separators=(",", ":")) + "\n")
+                seconds = sum(row["wall_s"] for row in record["tokens"])
+                print(f"{path.name}: {len(record['tokens']) / seconds:.2f} tokens/s", file=sys.stderr)
     folder = options.report or options.out
     text = report(folder)
     (folder / "table.md").write_text(text)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -28,7 +29,7 @@ from spac.errors import (
 )
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent
 
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 EVENT_MAX_EXPERTS: Final = 32
 IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
@@ -186,8 +187,48 @@ class Routing(ctypes.Structure):
     )
 
 
+# typedef struct spac_reads { uint64_t struct_size; const char * path; const uint64_t * offsets, * lengths; int64_t n_reads;
+#                             int32_t depth, store, huge, reserved; double seconds; } spac_reads;
+class Reads(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("path", ctypes.c_char_p),
+        ("offsets", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("n_reads", ctypes.c_int64),
+        ("depth", ctypes.c_int32),
+        ("store", ctypes.c_int32),
+        ("huge", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("seconds", ctypes.c_double),
+    )
+
+
+# typedef struct spac_products { uint64_t struct_size; int64_t n_columns, n_rows; int32_t type, n_experts, n_tokens, n_threads, n_ops,
+#                                repack, repacked, reserved; double min_s, seconds, repack_s; } spac_products;
+class Products(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("n_columns", ctypes.c_int64),
+        ("n_rows", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("n_experts", ctypes.c_int32),
+        ("n_tokens", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+        ("n_ops", ctypes.c_int32),
+        ("repack", ctypes.c_int32),
+        ("repacked", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("min_s", ctypes.c_double),
+        ("seconds", ctypes.c_double),
+        ("repack_s", ctypes.c_double),
+    )
+
+
 # in the order of SPAC_STRUCT_*
-STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (Options, Info, Stats, Event, Error, Memory, Bundle, Simulation, Routing)
+STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (
+    Options, Info, Stats, Event, Error, Memory, Bundle, Simulation, Routing, Reads, Products,
+)  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _S = TypeVar("_S", bound=ctypes.Structure)
@@ -355,6 +396,29 @@ def spac_context_take_error(context: int, error: Any, /) -> int: ...
 # int spac_memory_measure(const char * path, const void * model_params, const void * context_params, spac_memory * memory);
 @_function("spac_memory_measure", [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(Memory)], ctypes.c_int)
 def spac_memory_measure(path: bytes, model_params: Any, context_params: Any, memory: Any, /) -> int: ...
+
+
+# -- what the device gives --
+
+
+# int spac_reads_measure(spac_reads * test);
+@_function("spac_reads_measure", [ctypes.POINTER(Reads)], ctypes.c_int)
+def spac_reads_measure(test: Any, /) -> int: ...
+
+
+# int spac_products_measure(spac_products * test);
+@_function("spac_products_measure", [ctypes.POINTER(Products)], ctypes.c_int)
+def spac_products_measure(test: Any, /) -> int: ...
+
+
+# int spac_wakeup_measure(int n, double * seconds);
+@_function("spac_wakeup_measure", [ctypes.c_int, ctypes.POINTER(ctypes.c_double)], ctypes.c_int)
+def spac_wakeup_measure(n: int, seconds: Any, /) -> int: ...
+
+
+# int spac_bandwidth_measure(uint64_t n_bytes, int n_threads, double * bytes_per_s);
+@_function("spac_bandwidth_measure", [ctypes.c_uint64, ctypes.c_int, ctypes.POINTER(ctypes.c_double)], ctypes.c_int)
+def spac_bandwidth_measure(n_bytes: int, n_threads: int, bytes_per_s: Any, /) -> int: ...
 
 
 # -- recording and simulation --
@@ -525,6 +589,61 @@ def memory_measure(path: str, model_params: ctypes.Structure, context_params: ct
     raw = _sized(Memory)
     check(spac_memory_measure(path.encode(), ctypes.byref(model_params), ctypes.byref(context_params), ctypes.byref(raw)))
     return raw
+
+
+def reads_measure(
+    path: str, offsets: Sequence[int], lengths: Sequence[int], *, depth: int, store: str = "auto", huge: bool = False
+) -> float:
+    """Seconds that these reads of a file take, `depth` in flight: see spac_reads in spac.h.
+
+    Args:
+        store: "auto", "direct" or "buffered".
+        huge: into huge pages, the fastest there are; False: into small ones, as the pager has them once its budget is used up. Both stay.
+
+    Raises:
+        ModelFileError: the file cannot be read, or not with this store.
+        OptionError: a read lies outside the file.
+    """
+    at, sizes = np.array(offsets, np.uint64), np.array(lengths, np.uint64)
+    raw = Reads(ctypes.sizeof(Reads), os.fsencode(path), at.ctypes.data, sizes.ctypes.data, len(at), depth, STORES[store], huge)
+    check(spac_reads_measure(ctypes.byref(raw)))
+    return float(raw.seconds)
+
+
+def products_measure(
+    kind: int, shape: tuple[int, int, int], *, n_tokens: int, n_threads: int, n_ops: int = 1, repack: bool = True, min_s: float = 0.05
+) -> tuple[float, float]:
+    """Seconds of a product of tokens with every expert, and of rearranging their weights on one thread (0: they stay as they are).
+
+    Args:
+        kind: ggml's number of the weights' type.
+        shape: of the weights: columns, rows, experts.
+        n_tokens: by each expert.
+        n_ops: products in a graph.
+
+    Raises:
+        OptionError: there is no such type, or it cannot have this shape.
+    """
+    columns, rows, experts = shape
+    raw = _sized(Products)
+    raw.n_columns, raw.n_rows, raw.n_experts, raw.type = columns, rows, experts, kind
+    raw.n_tokens, raw.n_threads, raw.n_ops, raw.repack, raw.min_s = n_tokens, n_threads, n_ops, repack, min_s
+    check(spac_products_measure(ctypes.byref(raw)))
+    return float(raw.seconds), float(raw.repack_s)
+
+
+def wakeup_measure(n: int) -> float:
+    """Seconds from a notification until a sleeping thread goes on: median of n."""
+    seconds = ctypes.c_double()
+    check(spac_wakeup_measure(n, ctypes.byref(seconds)))
+    return seconds.value
+
+
+def bandwidth_measure(n_bytes: int, n_threads: int) -> float:
+    """Bytes a second that threads read from so much memory."""
+    rate = ctypes.c_double()
+    check(spac_bandwidth_measure(n_bytes, n_threads, ctypes.byref(rate)))
+    return rate.value
 
 
 def take_error(context: int) -> SpacError | None:

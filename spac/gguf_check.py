@@ -20,7 +20,7 @@ from spac.gguf_reader import GgufFile, Scalar, Tensor, read_gguf
 EXPERT_PATTERN: Final = r"\.ffn_(gate|up|down|gate_up)_(ch)?exps\.weight$"
 
 _EXPERT = re.compile(r"^blk\.(\d+)" + EXPERT_PATTERN)
-_SPLIT = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+SPLIT_NAME: Final = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 # upstream asserts these: src/llama-hparams.h
 MAX_LAYERS: Final = 512
@@ -96,6 +96,12 @@ class ModelFacts:
     def floor_bytes(self) -> int:
         """The smallest expert budget: two bundles, one in use and one on its way."""
         return 2 * self.max_bundle_bytes
+
+
+def expert_layer_of(name: str) -> int | None:
+    """The layer of a paged tensor; None: the tensor is not paged."""
+    match = _EXPERT.search(name)
+    return int(match[1]) if match is not None else None
 
 
 def check_model(path: str | os.PathLike[str]) -> ModelFacts:
@@ -220,7 +226,7 @@ def _read_other_parts(first: GgufFile) -> list[GgufFile]:
     count = _integer(first, "split.count")
     if count <= 1:
         return []
-    match = _SPLIT.match(Path(first.path).name)
+    match = SPLIT_NAME.match(Path(first.path).name)
     if not match or int(match["count"]) != count:
         raise ModelFileError(
             f"{first.path}: is part of a model in {count} files, which must be named NAME-00001-of-{count:05d}.gguf and so on"

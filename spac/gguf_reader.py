@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, overload
 
@@ -123,7 +124,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
         raise ModelFileError(f"{name}: cannot open the model file: {e.strerror}") from None
     try:
         try:
-            return _HeaderParser(name, fd).parse()
+            return parse_gguf(name, _regular_file_bytes(name, fd), lambda n, offset: os.pread(fd, n, offset))
         except OSError as e:
             raise ModelFileError(f"{name}: cannot read the model file: {e.strerror}") from None
     finally:
@@ -132,22 +133,39 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
         os.close(fd)
 
 
+def parse_gguf(name: str, size: int, read: Callable[[int, int], bytes]) -> GgufFile:
+    """Parse and check the header of a file of `size` bytes, wherever it is.
+
+    Args:
+        name: of the file, for messages.
+        read: returns up to n bytes from an offset on, as os.pread; nothing at the end only.
+
+    Raises:
+        ModelFileError: it is not a GGUF, damaged, or shorter than its tensors.
+    """
+    return _HeaderParser(name, size, read).parse()
+
+
+def _regular_file_bytes(path: str, fd: int) -> int:
+    import stat
+
+    status = os.fstat(fd)
+    if stat.S_ISDIR(status.st_mode):
+        raise ModelFileError(f"{path}: is a directory, give the .gguf file in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelFileError(f"{path}: is not a regular file")
+    return status.st_size
+
+
 class _HeaderParser:
-    """Reads forward through one open file, in chunks."""
+    """Reads forward through one file, in chunks."""
 
     _CHUNK_BYTES = 1 << 18
 
-    def __init__(self, path: str, fd: int) -> None:
-        import stat
-
+    def __init__(self, path: str, size: int, read: Callable[[int, int], bytes]) -> None:
         self.path = path
-        self.fd = fd
-        status = os.fstat(fd)
-        if stat.S_ISDIR(status.st_mode):
-            raise ModelFileError(f"{path}: is a directory, give the .gguf file in it")
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelFileError(f"{path}: is not a regular file")
-        self.size = status.st_size
+        self.read = read
+        self.size = size
         self.buffer = b""
         self.base = 0  # file offset of buffer
         self.at = 0  # position in buffer
@@ -174,7 +192,7 @@ class _HeaderParser:
         begin = self.position
         parts, have = [], 0
         while have < n:
-            part = os.pread(self.fd, max(n - have, self._CHUNK_BYTES), begin + have)
+            part = self.read(max(n - have, self._CHUNK_BYTES), begin + have)
             if not part:
                 raise self.fail(f"ends inside {what} (at byte {begin + have})")
             parts.append(part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import os
 import weakref
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 import llama_cpp
 import llama_cpp.llama_cpp as upstream
 
-from spac import control, log, memory, seam
+from spac import control, memory, seam
 from spac.errors import BudgetError, DecodeError, OptionError, SpacError
 from spac.gguf_check import ModelFacts, check_model
 from spac.governor import Governor
-from spac.plan import VOCABULARY_FACTOR, Paging, Plan, Sizes, make_plan, paged_ubatch
+from spac.plan import Paging, Plan, Sizes, fit
+from spac.sizes import measure_sizes
 from spac.stats import SIGNALS, LayerStats, ModelInfo, ModelStats, RoutingEvent
 
 if TYPE_CHECKING:
@@ -299,55 +299,35 @@ class Llama(llama_cpp.Llama):
 
     def _make_plan(self, path: str, params: Any) -> Plan:
         facts = self.spac.facts
-        base = _governor.rest_bytes()
-        sizes = self._measure(path, params)
-        smaller = paged_ubatch(self.context_params.n_ubatch, self._limit_bytes, base, sizes)
-        if self._automatic_ubatch and smaller < self.context_params.n_ubatch and self._spac_arguments["paging"] != "off":
-            self.context_params.n_ubatch = smaller
-            sizes = self._measure(path, params)
+
+        def measure(n_ubatch: int) -> Sizes:
+            self.context_params.n_ubatch = n_ubatch
+            return self._measure(path, params)
+
         try:
-            return make_plan(
+            _, plan = fit(
                 self._limit_bytes,
-                base,
-                sizes,
+                _governor.rest_bytes(),
+                measure,
+                self.context_params.n_ubatch,
+                automatic_ubatch=self._automatic_ubatch,
                 paging=self._spac_arguments["paging"],  # type: ignore[arg-type]
                 n_ctx=self.context_params.n_ctx,
                 automatic=self._automatic_limit,
             )
+            return plan
         except BudgetError as e:
             raise BudgetError(f"{facts.path}: {e}") from None
         finally:
             memory.trim_malloc()
 
     def _measure(self, path: str, params: Any) -> Sizes:
-        facts = self.spac.facts
-        model_params = type(params).from_buffer_copy(params)
-        model_params.progress_callback = upstream.llama_progress_callback()
-        overrides = seam.expert_overrides()
-        if facts.expert_bytes:
-            model_params.tensor_buft_overrides = ctypes.addressof(overrides)
         context_params = type(self.context_params).from_buffer_copy(self.context_params)
         self._adjust_context(context_params)
         if context_params.embeddings:  # as llama_cpp.Llama sets it later
             context_params.n_seq_max = min(self.n_batch, upstream.llama_max_parallel_sequences())
             context_params.kv_unified = True
-        log.forget_error()
-        try:
-            with log.quiet():
-                measured = control.memory_measure(path, model_params, context_params)
-        except SpacError as e:
-            reason = log.last_error()
-            raise type(e)(f"{e}: {reason}" if reason else str(e)) from None
-        return Sizes(
-            dense_bytes=measured.dense_bytes,
-            expert_bytes=measured.expert_bytes,
-            context_bytes=measured.context_bytes,
-            compute_bytes=measured.compute_bytes + self.context_params.n_ubatch * facts.work_bytes_per_token,
-            staging_bytes=2 * facts.largest_dense_bytes,
-            vocabulary_bytes=VOCABULARY_FACTOR * facts.vocabulary_bytes,
-            file_bytes=facts.file_bytes,
-            floor_bytes=facts.floor_bytes,
-        )
+        return measure_sizes(path, self.spac.facts, params, context_params)
 
     def _settle(self) -> None:
         """All is loaded: give experts what is left."""

@@ -5,6 +5,7 @@ Pure arithmetic on sizes that others measured; every number is in bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -118,6 +119,22 @@ def _whole(limit_bytes: int, base_bytes: int, sizes: Sizes) -> int:
     return max(_fixed(limit_bytes, base_bytes, sizes), _loading(limit_bytes, base_bytes, sizes)) + sizes.expert_bytes
 
 
+def least_limit_bytes(base_bytes: int, sizes: Sizes) -> int:
+    """The smallest limit that a paged model runs in, or a dense one at all."""
+    fixed = _fixed(0, base_bytes, sizes) + (sizes.floor_bytes if sizes.expert_bytes else 0)
+    return _with_reserve(max(fixed, _loading(0, base_bytes, sizes)))
+
+
+def whole_limit_bytes(base_bytes: int, sizes: Sizes) -> int:
+    """The smallest limit in which nothing is paged."""
+    return _with_reserve(_whole(0, base_bytes, sizes))
+
+
+def _with_reserve(n_bytes: int) -> int:
+    """The limit whose reserve leaves so much, the constant part of the reserve counted already."""
+    return -(-n_bytes * PAGE_TABLE_DIVISOR // (PAGE_TABLE_DIVISOR - 1)) + 1
+
+
 def make_plan(limit_bytes: int, base_bytes: int, sizes: Sizes, *, paging: Paging, n_ctx: int, automatic: bool = False) -> Plan:
     """Decide between whole and paged, and what experts get.
 
@@ -148,6 +165,34 @@ def make_plan(limit_bytes: int, base_bytes: int, sizes: Sizes, *, paging: Paging
     if sizes.expert_bytes == 0 or budget < sizes.floor_bytes or loading > limit_bytes:
         raise BudgetError(_needs(limit_bytes, fixed, loading, sizes, n_ctx, automatic))
     return plan(paged=True, direct_io=True, budget=budget)
+
+
+def fit(
+    limit_bytes: int,
+    base_bytes: int,
+    measure: Callable[[int], Sizes],
+    n_ubatch: int,
+    *,
+    automatic_ubatch: bool,
+    paging: Paging,
+    n_ctx: int,
+    automatic: bool = False,
+) -> tuple[int, Plan]:
+    """As `make_plan`, with the ubatch that the limit allows; returns that and the plan.
+
+    Args:
+        measure: sizes with a ubatch.
+        n_ubatch: the longest one.
+        automatic_ubatch: it may be made smaller.
+
+    Raises:
+        BudgetError: the model does not fit.
+    """
+    sizes = measure(n_ubatch)
+    smaller = paged_ubatch(n_ubatch, limit_bytes, base_bytes, sizes)
+    if automatic_ubatch and smaller < n_ubatch and paging != "off":
+        n_ubatch, sizes = smaller, measure(smaller)
+    return n_ubatch, make_plan(limit_bytes, base_bytes, sizes, paging=paging, n_ctx=n_ctx, automatic=automatic)
 
 
 def _needs(limit_bytes: int, fixed: int, loading: int, sizes: Sizes, n_ctx: int, automatic: bool) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `spac run`, `chat`, `inspect`, `trace`, `simulate`, `bench`.
+"""The command line: `spac run`, `chat`, `inspect`, `plan`, `tune`, `trace`, `simulate`, `bench`.
 
 Exit codes: 0, 1 (one line on stderr says why), 2 (usage), 130 (interrupted). stdout carries the answer only.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 import spac
-from spac.cli import bench, chat, inspect, run, simulate, trace
+from spac.cli import bench, chat, inspect, plan, run, simulate, trace, tune
 from spac.errors import SpacError
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
+app.command("tune")(tune.tune)
 app.command("trace")(trace.trace)
 app.command("simulate")(simulate.simulate)
 app.command("bench")(bench.bench)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from spac.cli import options as opt
-from spac.gguf_check import ModelFacts, check_model
+from spac.gguf_check import ModelFacts
 from spac.memory import format_bytes
+from spac.remote import headers_of
 
 
 def inspect(
@@ -18,7 +19,8 @@ def inspect(
     debug: opt.Debug = False,
 ) -> int:
     """Show what a model is made of, and what paging it takes."""
-    facts = check_model(model)
+    with headers_of(model) as (_, facts):
+        pass
     if as_json:
         print(json.dumps(describe(facts), ensure_ascii=False))
         return 0

@@ -56,7 +56,7 @@ def simulate(
     ] = None,
     reads: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Measured reads (scripts/measure_paging.py --reads): predict tokens/s.", show_default=False),
+        typer.Option(metavar="FILE", help="Measured reads (the file that spac tune keeps): predict tokens/s.", show_default=False),
     ] = None,
     read_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Reads are limited to so many bytes a second: 500M.", show_default=False)

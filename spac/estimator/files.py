@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spac import cache
 from spac.estimator.memory import NO_TOKEN
 from spac.estimator.tokens import MEMORY_BYTES, TokenEstimator
 
@@ -53,8 +54,7 @@ def fingerprint(parts: Sequence[str | Path]) -> str:
 
 def default_path(model: str) -> Path:
     """Where what was learned of a model with this fingerprint is kept: in the user's cache directory."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "spac" / f"{model[:24]}.npz"
+    return cache.folder() / f"{model[:24]}.npz"
 
 
 def save(estimator: TokenEstimator, path: Path, model: str) -> None:

@@ -59,6 +59,8 @@ size_t spac_struct_size(int which) {
         case SPAC_STRUCT_BUNDLE:  return sizeof(spac_bundle);
         case SPAC_STRUCT_SIMULATION: return sizeof(spac_simulation);
         case SPAC_STRUCT_ROUTING: return sizeof(spac_routing);
+        case SPAC_STRUCT_READS:   return sizeof(spac_reads);
+        case SPAC_STRUCT_PRODUCTS: return sizeof(spac_products);
         default:                  return 0;
     }
 }

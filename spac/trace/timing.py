@@ -1,6 +1,6 @@
 """From a replay to seconds: predicted tokens/s, and the bound that no order of reads and products can pass.
 
-All inputs are measured: reads by size and number (scripts/measure_paging.py --reads), compute from a trace recorded with all
+All inputs are measured: reads by size and number (spac tune), compute from a trace recorded with all
 experts in memory, or from a run like that. Nothing is fitted.
 """
 
@@ -30,19 +30,26 @@ class Reads:
 
     @classmethod
     def load(cls, path: str) -> Reads:
-        """From what scripts/measure_paging.py --reads prints: rows of KiB, depth, MB/s.
+        """From what `spac tune` keeps, or from text: rows of KiB, depth, MB/s.
 
         Raises:
-            OptionError: there are no such rows in the file.
+            OptionError: there are no measured reads in the file.
         """
         try:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as e:
             raise OptionError(f"{path}: cannot read measured reads: {e}") from None
+        if text.startswith("{"):
+            from spac import device
+
+            try:
+                return device.parse(text).read_table()
+            except ValueError:
+                raise OptionError(f"{path}: damaged; run spac tune") from None
         rows = re.findall(r"^\s*(\d+)\s+(\d+)\s+(\d+(?:\.\d+)?)", text, re.MULTILINE)
         table = {(int(kib) * 1024, int(depth)): float(rate) * 1e6 for kib, depth, rate in rows if float(rate) > 0 and int(depth) > 0}
         if not table:
-            raise OptionError(f"{path}: no rows of KiB, reads in flight and MB/s: run scripts/measure_paging.py --reads")
+            raise OptionError(f"{path}: no rows of KiB, reads in flight and MB/s: give what spac tune keeps")
         return cls(table)
 
     def bytes_per_s(self, size: float, depth: float) -> float:
@@ -57,10 +64,14 @@ class Reads:
 
 @dataclass(frozen=True)
 class Compute:
-    """Seconds of a decoded token with all experts in memory: in all, and of that in one expert-token's three products."""
+    """Seconds of a decoded token with all experts in memory: in all, and of that in one expert-token's three products.
+
+    `slice_s` is what a slice costs besides its bytes, once it has been read: being rearranged, and waking who waits for it.
+    """
 
     token_s: float
     expert_token_s: float
+    slice_s: float = 0.0
 
     @classmethod
     def measured(cls, trace: Trace, token_s: float | None = None) -> Compute:
@@ -119,7 +130,7 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
     for layer, n_bytes in enumerate(trace.bundle_bytes):
         for n_used, n_missed in np.unique(np.stack([uses[:, layer], missed[:, layer]], axis=1), axis=0).tolist():
             visits = (uses[:, layer] == n_used) & (missed[:, layer] == n_missed)
-            experts_s[visits] += _layer_s(n_used, n_missed, n_bytes, compute, reads)
+            experts_s[visits] += layer_s(n_used, n_missed, n_bytes, compute, reads)
     dense_s = max(0.0, compute.token_s - trace.n_layers * trace.n_used * compute.expert_token_s)
     bundle_bytes = np.array(trace.bundle_bytes, float)
     read_bytes = (missed * bundle_bytes).sum(axis=1)
@@ -130,13 +141,13 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
     return Prediction(len(decoded) / seconds, len(decoded) / bound)
 
 
-def _layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads: Reads) -> float:
+def layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads: Reads) -> float:
     """Seconds of one layer's experts, of which some must be read."""
     slice_bytes, product_s = bundle_bytes / PARTS, compute.expert_token_s / PARTS
     there: list[float] = []  # of the missing slices, when they have come
     while len(there) < missed * PARTS:
         n = min(READS_IN_FLIGHT, missed * PARTS - len(there))
-        there += [(there[-1] if there else 0.0) + n * slice_bytes / reads.bytes_per_s(slice_bytes, n)] * n
+        there += [(there[-1] if there else 0.0) + n * slice_bytes / reads.bytes_per_s(slice_bytes, n) + compute.slice_s] * n
     now = 0.0
     for part in range(PARTS):
         now += (used - missed) * product_s

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spac import device
 from tests.cli.test_run import GREEDY, PROMPT, Cli
+from tests.devices import make_device
 
 
 @pytest.fixture
@@ -46,6 +48,15 @@ def test_a_replay_prints_one_object(cli: Cli, trace_path: Path) -> None:
 def test_a_replay_prints_a_table(cli: Cli, trace_path: Path) -> None:
     lines = cli("simulate", trace_path, "--cache", "25%", "--policy", "lru,s3fifo").out.splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [["25%", "(80)", "lru"], ["25%", "(80)", "s3fifo"]]
+
+
+def test_speed_is_predicted_from_what_tune_keeps(cli: Cli, trace_path: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "device.json"
+    device.save(make_device(), kept)
+    result = json.loads(cli("simulate", trace_path, "--cache", "10%", "--reads", kept, "--token-s", "0.01", "--json").out)["results"][0]
+    assert 0 < result["tokens_per_s"] <= 100
+    kept.write_text(kept.read_text()[:-9])
+    assert "damaged; run spac tune" in cli("simulate", trace_path, "--reads", kept).line
 
 
 def test_speed_is_predicted(cli: Cli, trace_path: Path, tmp_path: Path) -> None:

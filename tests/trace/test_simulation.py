@@ -15,7 +15,7 @@ from spac.estimator.foresight import foresight
 from spac.trace.format import Trace
 from spac.trace.simulation import POLICIES, parse_cache
 from spac.trace.simulation import replay as run
-from spac.trace.timing import Compute, Reads, _layer_s, decode_ubatches, limited, predict
+from spac.trace.timing import Compute, Reads, decode_ubatches, layer_s, limited, predict
 from tests.trace.conftest import MakeTrace
 
 FLAT = Reads({(1024, 1): 1e8, (1 << 20, 1): 1e8})
@@ -138,9 +138,9 @@ def test_a_limit_bounds_bytes_by_time(make_trace: MakeTrace) -> None:
 def test_reads_behind_the_first_six_come_later() -> None:
     """Three misses are nine slices, six and then three: the third product's first six are there before its own."""
     rates = Reads({(1 << 20, 3): 100e6, (1 << 20, 6): 200e6})
-    assert _layer_s(3, 3, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(0.030 + 0.030 + 3 * 0.001)
-    assert _layer_s(4, 1, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(0.030 + 9 * 0.001)
-    assert _layer_s(4, 0, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(4 * 0.003)
+    assert layer_s(3, 3, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(0.030 + 0.030 + 3 * 0.001)
+    assert layer_s(4, 1, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(0.030 + 9 * 0.001)
+    assert layer_s(4, 0, 3_000_000, Compute(1, 0.003), rates) == pytest.approx(4 * 0.003)
 
 
 def test_reads_are_interpolated_and_limited(tmp_path: Path) -> None:

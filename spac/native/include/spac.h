@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define SPAC_ABI_VERSION 3
+#define SPAC_ABI_VERSION 4
 #define SPAC_EVENT_MAX_EXPERTS 32  // a token's experts beyond this many are counted, but not named in its event
 
 enum {
@@ -59,6 +59,8 @@ enum {
     SPAC_STRUCT_BUNDLE  = 6,
     SPAC_STRUCT_SIMULATION = 7,
     SPAC_STRUCT_ROUTING    = 8,
+    SPAC_STRUCT_READS      = 9,
+    SPAC_STRUCT_PRODUCTS   = 10,
 };
 
 typedef struct spac_context  spac_context;
@@ -195,6 +197,38 @@ typedef struct spac_simulation {
     uint64_t         bytes;         // of the bundles missed
 } spac_simulation;
 
+// Reads of a file, each into memory of its reading thread, as many in flight as there are threads
+typedef struct spac_reads {
+    uint64_t         struct_size;
+    const char *     path;
+    const uint64_t * offsets;    // [n_reads]
+    const uint64_t * lengths;    // [n_reads], bytes
+    int64_t          n_reads;
+    int32_t          depth;      // reads in flight
+    int32_t          store;      // SPAC_STORE_AUTO, _DIRECT or _BUFFERED (the file's clean pages are dropped from the cache before)
+    int32_t          huge;       // else into small pages, as the pager has them once its budget is used up; both stay
+    int32_t          reserved;   // 0
+    double           seconds;    // result: from the first one's start to the last one's end; threads and memory are made before
+} spac_reads;
+
+// Products of n_tokens tokens with each of n_experts experts (MUL_MAT_ID), on the CPU backend
+typedef struct spac_products {
+    uint64_t struct_size;
+    int64_t  n_columns;
+    int64_t  n_rows;
+    int32_t  type;       // enum ggml_type
+    int32_t  n_experts;  // more of them than the CPU's caches hold, or weights are not read from memory
+    int32_t  n_tokens;   // by each expert
+    int32_t  n_threads;
+    int32_t  n_ops;      // products in a graph, one after another
+    int32_t  repack;     // else weights stay as they are in a file
+    int32_t  repacked;   // result: this CPU has another layout for the type
+    int32_t  reserved;   // 0
+    double   min_s;      // repeat at least so long
+    double   seconds;    // result: of one product, the fastest
+    double   repack_s;   // result: rearranging all weights, on one thread; 0: not repacked
+} spac_products;
+
 // -- library --
 SPAC_API int          spac_abi_version(void);
 SPAC_API size_t       spac_struct_size(int which);  // 0 for an unknown number
@@ -244,6 +278,12 @@ SPAC_API int spac_simulate(spac_simulation * simulation);  // needs no model and
 // -- sizes --
 // model_params: const struct llama_model_params *, context_params: const struct llama_context_params *
 SPAC_API int spac_memory_measure(const char * path, const void * model_params, const void * context_params, spac_memory * memory);
+
+// -- what the device gives --
+SPAC_API int spac_reads_measure(spac_reads * test);
+SPAC_API int spac_products_measure(spac_products * test);
+SPAC_API int spac_wakeup_measure(int n, double * seconds);  // from a notification to a sleeping thread's going on: median of n
+SPAC_API int spac_bandwidth_measure(uint64_t n_bytes, int n_threads, double * bytes_per_s);  // of reading that much memory
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,439 @@
+"""What this machine gives: reads by size and depth, products by type and batch, waking a thread, memory bandwidth.
+
+`measure` takes most of a minute (`spac tune`), `probe` less than a second and measures what one model needs. A measured device is
+kept as JSON in the user's cache, by processor and disk, and says which build measured it. A file is never trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import spac
+from spac import cache
+from spac.errors import ModelFileError, OptionError, SpacError
+from spac.gguf_reader import TENSOR_TYPES
+from spac.memory import KIB, MIB, format_bytes
+
+if TYPE_CHECKING:
+    from spac.trace.timing import Reads
+
+FORMAT: Final = "spac-device"
+VERSION: Final = 1
+MAX_FILE_BYTES: Final = 1 * MIB
+
+SIZES: Final = (64 * KIB, 256 * KIB, 1 * MIB, 2 * MIB, 4 * MIB, 8 * MIB)
+DEPTHS: Final = (1, 2, 4, 6, 8, 16, 32)
+STORES: Final = ("direct", "buffered")
+TYPES: Final = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "MXFP4", "IQ4_XS", "Q3_K", "Q2_K", "IQ2_XXS", "F16", "BF16", "F32")
+BATCHES: Final = (1, 4, 16, 64)
+SCRATCH_BYTES: Final = 256 * MIB
+PROBE_SCRATCH_BYTES: Final = 64 * MIB
+CELL_S: Final = 0.1  # for one size and depth
+PRODUCT_SHAPE: Final = (2048, 768)  # columns and rows of an expert's matrix, as in models of 30 billion parameters
+PRODUCT_BYTES: Final = 64 * MIB  # more than caches hold
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """Reads asked for at once, from none, into small pages that stay, cold.
+
+    Attributes:
+        store: "direct" or "buffered".
+        size_bytes: of each.
+        depth: how many.
+        seconds: until the last one is there, median; a tenth of the batches were faster than `fast_s`, a tenth slower than `slow_s`.
+    """
+
+    store: str
+    size_bytes: int
+    depth: int
+    seconds: float
+    fast_s: float
+    slow_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.size_bytes * self.depth / self.seconds
+
+
+@dataclass(frozen=True)
+class ProductRow:
+    """Products of weights of a type with a batch of tokens, all threads: weights times tokens a second."""
+
+    type: str
+    n_tokens: int
+    weights_per_s: float
+
+
+@dataclass(frozen=True)
+class Device:
+    """What was measured.
+
+    Attributes:
+        cpu, cores, disk: what it was measured on; `build`: with which libraries.
+        threads: compute threads of `products` and `op_s`.
+        repack: weights by second that one thread rearranges for faster kernels, by type; absent: the type stays as it is.
+        op_s: of an op of the graph that computes next to nothing.
+        wakeup_s: until a sleeping thread goes on.
+        memory_bytes_per_s: reading memory, all threads.
+        quick: by `probe`.
+        measured: when, local time.
+        took_s: how long measuring took.
+    """
+
+    cpu: str
+    cores: int
+    disk: str
+    build: str
+    threads: int
+    reads: tuple[ReadRow, ...]
+    products: tuple[ProductRow, ...]
+    repack: dict[str, float]
+    op_s: float
+    wakeup_s: float
+    memory_bytes_per_s: float
+    quick: bool = False
+    measured: str = ""
+    took_s: float = field(default=0.0, compare=False)
+
+    @property
+    def store(self) -> str:
+        """The store that is used by default: direct, where this disk's file system allows it."""
+        return "direct" if any(row.store == "direct" for row in self.reads) else "buffered"
+
+    def read_table(self, which: str = "seconds") -> Reads:
+        """Bandwidth by size and depth, for the time model; `which`: "seconds", "fast_s" or "slow_s"."""
+        from spac.trace.timing import Reads
+
+        rows = [row for row in self.reads if row.store == self.store]
+        return Reads({(row.size_bytes, row.depth): row.size_bytes * row.depth / getattr(row, which) for row in rows})
+
+    def weights_per_s(self, type_name: str, n_tokens: float) -> float:
+        """Weights times tokens a second, interpolated between measured batches.
+
+        A type that was not measured is taken for the one with the nearest number of bits; one token is bound by memory, so there
+        its bits count.
+        """
+        measured = {row.type for row in self.products}
+        nearest = min(measured, key=lambda name: (name != type_name, abs(math.log(bits(name) / bits(type_name)))))
+        rows = sorted((row.n_tokens, row.weights_per_s) for row in self.products if row.type == nearest)
+        if nearest != type_name:
+            rows = [(n, rate * bits(nearest) / bits(type_name) if n == 1 else rate) for n, rate in rows]
+        import numpy as np
+
+        return float(np.exp(np.interp(math.log(max(n_tokens, 1)), [math.log(n) for n, _ in rows], [math.log(rate) for _, rate in rows])))
+
+
+def bits(type_name: str) -> float:
+    """Bits for each weight of a ggml type."""
+    _, block, block_bytes = _TYPES[type_name]
+    return 8 * block_bytes / block
+
+
+_TYPES: Final = {name: (number, block, n_bytes) for number, (name, block, n_bytes) in TENSOR_TYPES.items()}
+
+
+# -- measuring --
+
+
+def measure(path: Path, *, n_threads: int, progress: Callable[[str], None] | None = None) -> Device:
+    """Measure everything; reads from `path`, a file of 64 MiB or more, or within a folder, where a file is written and removed.
+
+    Raises:
+        SpacError: nothing can be read or written there.
+    """
+    from spac import control
+
+    say = progress or (lambda _: None)
+    begin = time.perf_counter()
+    reads: list[ReadRow] = []
+    with readable(path, SCRATCH_BYTES) as file:
+        for store in STORES:
+            try:
+                for size, depth in itertools.product(SIZES, DEPTHS):
+                    say(f"{store} reads, {size // KIB} KiB, {depth} at once")
+                    reads += read_rows(file, store, [size], [depth], CELL_S)
+            except ModelFileError:
+                if store == STORES[-1]:  # this file system refuses O_DIRECT: the other store serves
+                    raise
+    products: list[ProductRow] = []
+    repack: dict[str, float] = {}
+    for name in TYPES:
+        say(f"products of {name}")
+        measure_type(name, BATCHES, n_threads, products, repack)
+    say("memory and threads")
+    return Device(
+        **identity(path), threads=n_threads, reads=tuple(reads), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
+        wakeup_s=control.wakeup_measure(200), memory_bytes_per_s=control.bandwidth_measure(128 * MIB, n_threads),
+        measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
+    )  # fmt: skip
+
+
+def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) -> Device:
+    """Measure, in less than a second, what a model needs that has weights of these types and reads so many bytes at a time.
+
+    Raises:
+        SpacError: nothing can be read or written at `path`.
+    """
+    from spac import control
+
+    begin = time.perf_counter()
+    size = min(max(read_bytes // (4 * KIB) * 4 * KIB, SIZES[0]), SIZES[-1])
+    with readable(path, PROBE_SCRATCH_BYTES) as file:
+        try:
+            reads = read_rows(file, "direct", [size], (1, 3, 6), CELL_S / 2)
+        except ModelFileError:
+            reads = read_rows(file, "buffered", [size], (1, 3, 6), CELL_S / 2)
+    products: list[ProductRow] = []
+    repack: dict[str, float] = {}
+    for name in dict.fromkeys(types):
+        measure_type(name, (1, 32), n_threads, products, repack, CELL_S / 4)
+    return Device(
+        **identity(path), threads=n_threads, reads=tuple(reads), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
+        wakeup_s=control.wakeup_measure(20), memory_bytes_per_s=control.bandwidth_measure(64 * MIB, n_threads), quick=True,
+        measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
+    )  # fmt: skip
+
+
+def read_rows(file: Path, store: str, sizes: Sequence[int], depths: Sequence[int], cell_s: float) -> list[ReadRow]:
+    """Time batches of reads from random places; a place is read again only when all have been.
+
+    Raises:
+        ModelFileError: the file cannot be read, or not with this store.
+    """
+    import psutil
+
+    from spac import control
+
+    total, free = file.stat().st_size, psutil.virtual_memory().available
+    rows = []
+    for size, depth in itertools.product(sizes, depths):
+        if size * depth > min(total, free // 4):
+            continue
+        places = [i * size for i in range(total // size)]
+        random.Random(size * depth).shuffle(places)
+        turn = itertools.cycle(places)
+        times: list[float] = []
+        end = time.perf_counter() + cell_s
+        while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
+            times.append(control.reads_measure(str(file), list(itertools.islice(turn, depth)), [size] * depth, depth=depth, store=store))
+            if sum(times) > 10 * cell_s:  # a slow disk: one batch has to do
+                break
+        times.sort()
+        rows.append(ReadRow(store, size, depth, times[len(times) // 2], times[len(times) // 10], times[-1 - len(times) // 10]))
+    return rows
+
+
+def measure_type(
+    name: str, batches: Sequence[int], n_threads: int, products: list[ProductRow], repack: dict[str, float], min_s: float = CELL_S / 2
+) -> None:
+    """Add a type's rows; a type that this build does not multiply is left out."""
+    from spac import control
+
+    number, _, _ = _TYPES[name]
+    columns, rows = PRODUCT_SHAPE
+    for n_tokens in batches:
+        experts = max(4, int(PRODUCT_BYTES * 8 / (columns * rows * bits(name)))) if n_tokens == 1 else 4
+        try:
+            seconds, repack_s = control.products_measure(
+                number, (columns, rows, experts), n_tokens=n_tokens, n_threads=n_threads, min_s=min_s
+            )
+        except OptionError:
+            return
+        products.append(ProductRow(name, n_tokens, columns * rows * experts * n_tokens / seconds))
+        if repack_s > 0 and n_tokens == 1:
+            repack[name] = columns * rows * experts / repack_s
+
+
+def measure_op(n_threads: int) -> float:
+    """Seconds of an op of the graph that computes next to nothing."""
+    from spac import control
+
+    number, _, _ = _TYPES["Q4_0"]
+    return control.products_measure(number, (256, 32, 2), n_tokens=1, n_threads=n_threads, n_ops=200, min_s=CELL_S / 4)[0]
+
+
+@contextlib.contextmanager
+def readable(path: Path, n_bytes: int) -> Iterator[Path]:
+    """A file to read from: `path`, or one of so many bytes in that folder, which goes at the end.
+
+    Raises:
+        SpacError: there is none, and none can be made.
+    """
+    if path.is_file():
+        if path.stat().st_size < SIZES[-1]:
+            raise SpacError(f"{path}: too small to measure reads with; give a folder, or a file of {format_bytes(SIZES[-1])} or more")
+        yield path
+        return
+    if not path.is_dir():
+        raise SpacError(f"{path}: no such file or folder; give the folder in which models are, or a model")
+    try:
+        handle, name = tempfile.mkstemp(prefix=".spac-tune-", dir=path)
+    except OSError as e:
+        raise SpacError(f"{path}: no file can be written there: {e.strerror}; give a model instead, or another folder") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for _ in range(n_bytes // (4 * MIB)):
+                file.write(os.urandom(4 * MIB))  # what is compressed or empty would be read faster
+            file.flush()
+            os.fsync(file.fileno())
+        yield Path(name)
+    except OSError as e:
+        raise SpacError(f"{path}: no file of {format_bytes(n_bytes)} can be written there: {e.strerror}; give another folder") from None
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+# -- what it is measured on --
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """Processor, cores, disk and build, as `Device` has them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"cpu": _cpu(), "cores": cores, "disk": _disk(path), "build": _build()}
+
+
+def _cpu() -> str:
+    for file, pattern in (("/proc/device-tree/model", r"^([^\0]+)"), ("/proc/cpuinfo", r"^model name\s*:\s*(.*)$")):
+        with contextlib.suppress(OSError):
+            if match := re.search(pattern, Path(file).read_text(errors="replace"), re.MULTILINE):
+                return match[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _disk(path: Path) -> str:
+    """File system and block device: proc_pid_mountinfo(5)."""
+    resolved, found = str(path.resolve()), ("", "unknown file system")
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            before, _, after = line.partition(" - ")
+            point = before.split()[4].replace("\\040", " ")
+            kind, source = after.split()[:2]
+            if len(point) >= len(found[0]) and (resolved == point or resolved.startswith(point.rstrip("/") + "/")):
+                found = (point, f"{kind} on {source}")
+    return found[1]
+
+
+def _build() -> str:
+    """This version, and a digest of the library that measures."""
+    library = spac.library_folder / "libspac.so" if spac.library_folder is not None else None
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()[:12] if library is not None else "none"
+    return f"{spac.__version__} {digest}"
+
+
+# -- keeping --
+
+
+def path_of(place: Path) -> Path:
+    """Where what was measured for this machine and the disk of `place` is kept."""
+    found = identity(place)
+    name = hashlib.sha256(f"{found['cpu']}\n{found['cores']}\n{found['disk']}".encode()).hexdigest()[:16]
+    return cache.folder() / f"device-{name}.json"
+
+
+def check_writable(path: Path) -> None:
+    """Before a minute of measuring.
+
+    Raises:
+        SpacError: the file could not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise SpacError(f"{path.parent}: cannot be written: {e.strerror}; set XDG_CACHE_HOME to a folder that can") from None
+
+
+def save(device: Device, path: Path) -> None:
+    """Write it; a file that is there is replaced whole or not at all.
+
+    Raises:
+        SpacError: it cannot be written.
+    """
+    check_writable(path)
+    text = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(device)}, indent=1)
+    handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text + "\n")
+        Path(name).replace(path)
+    except OSError as e:
+        Path(name).unlink(missing_ok=True)
+        raise SpacError(f"{path}: cannot be written: {e.strerror}") from None
+
+
+class UnusableProfile(SpacError):
+    """A kept profile is damaged, or of another build; the reason is for a line that says so."""
+
+
+def load(path: Path, build: str | None = None) -> Device | None:
+    """What is kept; None if there is none.
+
+    Args:
+        build: what must have measured it; None: this build.
+
+    Raises:
+        UnusableProfile: it cannot be used.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_FILE_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        raise UnusableProfile(f"{path}: cannot be read ({e.strerror})") from None
+    try:
+        device = parse(text)
+    except ValueError:
+        raise UnusableProfile(f"{path}: damaged") from None
+    if device.build != (build or _build()):
+        raise UnusableProfile(f"{path}: measured by another build of spac")
+    return device
+
+
+def parse(text: str | bytes) -> Device:
+    """What `save` wrote, of any build.
+
+    Raises:
+        ValueError: something is not as it should be.
+    """
+    try:
+        return _parse(json.loads(text))
+    except (TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise ValueError(str(e)) from None
+
+
+def _parse(values: dict[str, Any]) -> Device:
+    values = dict(values)
+    if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
+        raise ValueError("format")
+    reads = tuple(ReadRow(**row) for row in values.pop("reads"))
+    products = tuple(ProductRow(**row) for row in values.pop("products"))
+    device = Device(**values, reads=reads, products=products)
+    numbers = [device.cores, device.threads, device.op_s, device.wakeup_s, device.memory_bytes_per_s, *device.repack.values()]
+    numbers += [n for row in reads for n in (row.size_bytes, row.depth, row.seconds, row.fast_s, row.slow_s)]
+    numbers += [n for product in products for n in (product.n_tokens, product.weights_per_s)]
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < math.inf for n in numbers):
+        raise ValueError("numbers")
+    texts = [device.cpu, device.disk, device.build, device.measured, *(row.store for row in reads)]
+    if not all(isinstance(text, str) for text in texts) or not {row.type for row in products} <= set(_TYPES):
+        raise ValueError("texts")
+    if not products or not any(row.store in STORES for row in reads):
+        raise ValueError("rows")
+    return device

@@ -1,0 +1,91 @@
+#include "include/spac.h"
+#include "testing.h"
+
+using namespace spac::testing;
+
+// Time is not asserted, only that some was measured.
+
+static spac_reads reads_of(const TempFile & temp, const std::vector<uint64_t> & offsets, const std::vector<uint64_t> & lengths, int store) {
+    spac_reads test{};
+    test.struct_size = sizeof test;
+    test.path        = temp.path.c_str();
+    test.offsets     = offsets.data();
+    test.lengths     = lengths.data();
+    test.n_reads     = (int64_t) offsets.size();
+    test.depth       = 3;
+    test.store       = store;
+    return test;
+}
+
+TEST_CASE("reads of whole blocks are timed with both stores, into huge and small pages") {
+    TempFile temp(1 << 20);
+    const std::vector<uint64_t> offsets = { 0, 65536, 131072, 524288, 983040 }, lengths(5, 65536);
+    for (int store : { SPAC_STORE_AUTO, SPAC_STORE_BUFFERED }) {
+        for (int huge : { 0, 1 }) {
+            spac_reads test = reads_of(temp, offsets, lengths, store);
+            test.huge       = huge;
+            CAPTURE(spac_last_error());
+            CHECK(spac_reads_measure(&test) == SPAC_OK);
+            CHECK(test.seconds > 0);
+        }
+    }
+}
+
+TEST_CASE("reads that cannot be are refused") {
+    TempFile temp(1 << 16);
+    const std::vector<uint64_t> offsets = { 4096 }, lengths = { 1 << 16 };
+    spac_reads beyond = reads_of(temp, offsets, lengths, SPAC_STORE_AUTO);
+    CHECK(spac_reads_measure(&beyond) == SPAC_E_ARGUMENT);
+    const std::vector<uint64_t> whole = { 4096 };
+    spac_reads missing = reads_of(temp, offsets, whole, SPAC_STORE_AUTO);
+    missing.path       = "/does/not/exist";
+    CHECK(spac_reads_measure(&missing) == SPAC_E_IO);
+    spac_reads mapped = reads_of(temp, offsets, whole, SPAC_STORE_MMAP);
+    CHECK(spac_reads_measure(&mapped) == SPAC_E_ARGUMENT);
+    CHECK(spac_reads_measure(nullptr) == SPAC_E_ARGUMENT);
+}
+
+TEST_CASE("products are timed for types with and without another layout") {
+    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q6_K, GGML_TYPE_IQ2_XXS, GGML_TYPE_F16 }) {
+        for (int n_tokens : { 1, 8 }) {
+            spac_products test{};
+            test.struct_size = sizeof test;
+            test.type        = type;
+            test.n_columns   = 256;
+            test.n_rows      = 32;
+            test.n_experts   = 4;
+            test.n_tokens    = n_tokens;
+            test.n_threads   = 2;
+            test.n_ops       = 3;
+            test.repack      = 1;
+            CAPTURE(type);
+            CHECK(spac_products_measure(&test) == SPAC_OK);
+            CHECK(test.seconds > 0);
+            CHECK((test.repack_s > 0) == (test.repacked != 0));
+        }
+    }
+}
+
+TEST_CASE("products that cannot be are refused") {
+    spac_products test{};
+    test.struct_size = sizeof test;
+    test.type        = GGML_TYPE_Q4_0;
+    test.n_columns   = 33;  // not whole blocks
+    test.n_rows = test.n_experts = test.n_tokens = test.n_threads = test.n_ops = 1;
+    CHECK(spac_products_measure(&test) == SPAC_E_ARGUMENT);
+    test.n_columns = 32;
+    for (int type : { -1, 4, 26, 9999 }) {  // none, gone, whole numbers, none
+        test.type = type;
+        CHECK(spac_products_measure(&test) == SPAC_E_ARGUMENT);
+    }
+}
+
+TEST_CASE("threads and memory are timed") {
+    double value = 0;
+    CHECK(spac_wakeup_measure(5, &value) == SPAC_OK);
+    CHECK(value > 0);
+    CHECK(spac_bandwidth_measure(1 << 20, 2, &value) == SPAC_OK);
+    CHECK(value > 0);
+    CHECK(spac_wakeup_measure(0, &value) == SPAC_E_ARGUMENT);
+    CHECK(spac_bandwidth_measure(0, 1, &value) == SPAC_E_ARGUMENT);
+}

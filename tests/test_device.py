@@ -1,0 +1,150 @@
+"""Keeping what was measured, and measuring it; no time is asserted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spac import device
+from spac.errors import SpacError
+from tests.devices import RATE, make_device
+
+
+def test_what_is_kept_comes_back(tmp_path: Path) -> None:
+    kept = make_device()
+    device.save(kept, tmp_path / "new/device.json")
+    assert device.load(tmp_path / "new/device.json", build="test") == kept
+
+
+def test_nothing_was_kept(tmp_path: Path) -> None:
+    assert device.load(tmp_path / "device.json") is None
+
+
+def test_another_build_does_not_count(tmp_path: Path) -> None:
+    device.save(make_device(), tmp_path / "device.json")
+    with pytest.raises(device.UnusableProfile, match="another build"):
+        device.load(tmp_path / "device.json")
+
+
+def change(**values: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda found: found | values
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        change(format="other"),
+        change(version=99),
+        change(op_s=-1),
+        change(op_s=float("nan")),
+        change(op_s="fast"),
+        change(threads=True),
+        change(cpu=None),
+        change(reads=[]),
+        change(reads=[{"store": "direct"}]),
+        change(reads=[[1, 2]]),
+        change(products=[]),
+        change(products=[{"type": "Q99", "n_tokens": 1, "weights_per_s": 1.0}]),
+        change(repack=7),
+        change(surprise=1),
+        lambda found: {key: value for key, value in found.items() if key != "disk"},
+        lambda found: [found],
+        lambda found: "text",
+    ],
+)
+def test_a_damaged_file(damage: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    device.save(make_device(), path)
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(device.UnusableProfile, match="damaged"):
+        device.load(path, build="test")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]" + b" " * (1 << 21)])
+def test_no_json(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    path.write_bytes(content)
+    with pytest.raises(device.UnusableProfile, match="damaged"):
+        device.load(path)
+
+
+def test_a_folder_in_its_place(tmp_path: Path) -> None:
+    with pytest.raises(device.UnusableProfile, match="cannot be read"):
+        device.load(tmp_path)
+
+
+def test_products_between_batches_and_of_types_not_measured() -> None:
+    found = make_device()
+    assert found.weights_per_s("Q4_0", 1) == pytest.approx(1e10)
+    assert found.weights_per_s("Q4_0", 8) == pytest.approx(1e10 * 10**0.5)
+    assert found.weights_per_s("Q4_0", 1000) == pytest.approx(1e11)
+    assert found.weights_per_s("Q8_0", 1) == pytest.approx(5e9)
+    assert found.weights_per_s("F16", 1) == pytest.approx(5e9 * 8.5 / 16)  # the nearest is Q8_0; its bytes count
+    assert found.weights_per_s("F16", 64) == pytest.approx(1e11)
+
+
+def test_the_default_store_is_direct_where_it_works() -> None:
+    both = make_device()
+    buffered = tuple(dataclasses.replace(row, store="buffered", seconds=2 * row.seconds) for row in both.reads)
+    assert make_device(reads=both.reads + buffered).store == "direct"
+    assert make_device(reads=both.reads + buffered).read_table().bytes_per_s(1 << 20, 6) == pytest.approx(RATE)
+    assert make_device(reads=buffered).read_table().bytes_per_s(1 << 20, 6) == pytest.approx(RATE / 2)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring that takes a second."""
+    for name, value in {
+        "SIZES": (1 << 16, 1 << 18), "DEPTHS": (1, 2), "TYPES": ("Q4_0", "Q6_K"), "BATCHES": (1, 2), "SCRATCH_BYTES": 1 << 23,
+        "PROBE_SCRATCH_BYTES": 1 << 22, "CELL_S": 0.001, "PRODUCT_SHAPE": (256, 64), "PRODUCT_BYTES": 1 << 18,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(device, name, value)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_folder_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    said: list[str] = []
+    found = device.measure(tmp_path, n_threads=2, progress=said.append)
+    assert not list(tmp_path.iterdir())
+    for store in {row.store for row in found.reads}:
+        assert {(r.size_bytes, r.depth) for r in found.reads if r.store == store} == {(1 << 16, 1), (1 << 16, 2), (1 << 18, 1), (1 << 18, 2)}
+    assert [(r.type, r.n_tokens) for r in found.products] == [("Q4_0", 1), ("Q4_0", 2), ("Q6_K", 1), ("Q6_K", 2)]
+    assert all(row.fast_s <= row.seconds <= row.slow_s for row in found.reads)
+    assert any("reads" in text for text in said)
+    device.save(found, tmp_path / "device.json")
+    assert device.load(tmp_path / "device.json") == found
+
+
+@pytest.mark.usefixtures("small")
+def test_a_probe_reads_from_a_model(model_path: Path) -> None:
+    before = model_path.stat().st_mtime_ns
+    found = device.probe(model_path, types=["Q4_0", "Q8_0", "Q4_0"], read_bytes=100_000, n_threads=1)
+    assert found.quick
+    assert {row.type for row in found.products} == {"Q4_0", "Q8_0"}
+    assert {row.size_bytes for row in found.reads} == {98304}
+    assert model_path.stat().st_mtime_ns == before
+
+
+@pytest.mark.usefixtures("small")
+def test_where_nothing_can_be_measured(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"x")
+    with pytest.raises(SpacError, match="too small"):
+        device.measure(tmp_path / "tiny.gguf", n_threads=1)
+    with pytest.raises(SpacError, match="no such file or folder"):
+        device.measure(tmp_path / "nowhere", n_threads=1)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(device.os, "urandom", full)
+    with pytest.raises(SpacError, match="No space left"):
+        device.measure(tmp_path, n_threads=1)
+    assert not list(tmp_path.iterdir())
