@@ -9,9 +9,9 @@ Each run decodes greedily in a control group. The bare reader (spac_reads_measur
 behind the same limits, reads the slices that the run had missed.
 
 - `speed`: afterwards the reader takes each token's slices as one stream, six in flight: what the disk alone would need. Then some
-  random slices at once, into small pages, as the pager has them: the time model's table of reads.
+  random slices at once, into huge pages: the time model's table of reads.
 - `misses`: with each layer's times (spac's recorder), the reader takes the slices after each token, layer by layer, with the token's
-  other time slept between them; once into huge pages, once into small ones, as the pager has them once its budget is used up.
+  other time slept between them; once into huge pages, once into small ones from all over memory. The pager's are in between: small, but mostly neighbours.
 - `reference`: everything in memory, with a profile's processors: the trace and the compute times that the model starts from.
 
 The group gets `ROOM_BYTES` more than spac is told, for the reader. Runs that are there already are kept, and those that others
@@ -148,7 +148,7 @@ def run_worker(config: dict[str, Any]) -> None:
         shuffle = random.Random(1)
         for i in range(SAMPLES * len(DEPTHS)):
             chosen = shuffle.sample(every, DEPTHS[i % len(DEPTHS)])
-            samples.append((len(chosen), sum(length for _, length in chosen), reader.seconds(chosen, len(chosen), "small")))
+            samples.append((len(chosen), sum(length for _, length in chosen), reader.seconds(chosen, len(chosen), "huge")))
     if kind == "reference" and config["trace"]:
         handle.recorder.trace().save(config["trace"])
     stats = handle.stats()
@@ -389,7 +389,7 @@ def misses(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Cost of a miss\n",
         "A layer's time from its router's end to its experts' last product, less the last slice's product, against the bare reader's for the layer's missing slices, six in flight:",
-        "*huge*, *small*: pages that it reads into; the pager has small ones once its budget is used up. Sums over all such layers of a run; in brackets: where 1 / 2 / 3 / 4 of the layer's four bundles were missing.\n",
+        "*huge*, *small*: pages that it reads into; the pager's are in between, small ones that mostly are neighbours in memory. Sums over all such layers of a run; in brackets: where 1 / 2 / 3 / 4 of the layer's four bundles were missing.\n",
         "| profile | memory | reads limited to | layers | ms, paged | ms, huge | ms, small | paged / huge | paged / small |", "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for run in runs:

@@ -592,13 +592,13 @@ def memory_measure(path: str, model_params: ctypes.Structure, context_params: ct
 
 
 def reads_measure(
-    path: str, offsets: Sequence[int], lengths: Sequence[int], *, depth: int, store: str = "auto", huge: bool = False
+    path: str, offsets: Sequence[int], lengths: Sequence[int], *, depth: int, store: str = "auto", huge: bool = True
 ) -> float:
     """Seconds that these reads of a file take, `depth` in flight: see spac_reads in spac.h.
 
     Args:
         store: "auto", "direct" or "buffered".
-        huge: into huge pages, the fastest there are; False: into small ones, as the pager has them once its budget is used up. Both stay.
+        huge: into huge pages; False: into small ones from all over memory, which makes requests shorter. The pager.s are in between.
 
     Raises:
         ModelFileError: the file cannot be read, or not with this store.

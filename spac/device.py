@@ -50,7 +50,7 @@ PRODUCT_BYTES: Final = 64 * MIB  # more than caches hold
 
 @dataclass(frozen=True)
 class ReadRow:
-    """Reads asked for at once, from none, into small pages that stay, cold.
+    """Reads asked for at once, from none, into huge pages that stay, cold.
 
     Attributes:
         store: "direct" or "buffered".

@@ -206,7 +206,7 @@ typedef struct spac_reads {
     int64_t          n_reads;
     int32_t          depth;      // reads in flight
     int32_t          store;      // SPAC_STORE_AUTO, _DIRECT or _BUFFERED (the file's clean pages are dropped from the cache before)
-    int32_t          huge;       // else into small pages, as the pager has them once its budget is used up; both stay
+    int32_t          huge;       // else into small pages from all over memory, which makes requests shorter; the pager's are in between. Both stay
     int32_t          reserved;   // 0
     double           seconds;    // result: from the first one's start to the last one's end; threads and memory are made before
 } spac_reads;
