@@ -276,9 +276,14 @@ def test_ctrl_d_leaves(terminal: Terminal) -> None:
 
 
 def test_ctrl_c_at_the_prompt_does_not_leave(terminal: Terminal) -> None:
+    """Pressed again if nothing happens: input() misses one that comes after its prompt and before it waits for keys."""
     terminal.read_until(">>> ")
     terminal.send("\x03")
-    terminal.read_until("Ctrl-D or /bye leaves")
+    try:
+        terminal.read_until("Ctrl-D or /bye leaves", timeout_s=10)
+    except AssertionError:
+        terminal.send("\x03")
+        terminal.read_until("Ctrl-D or /bye leaves")
     terminal.send("/bye\r")
     assert terminal.process.wait(20) == 0
 
