@@ -368,13 +368,10 @@ def save(device: Device, path: Path) -> None:
     """
     check_writable(path)
     text = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(device)}, indent=1)
-    handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
-        Path(name).replace(path)
+        with cache.replacing(path) as file:
+            file.write(text.encode() + b"\n")
     except OSError as e:
-        Path(name).unlink(missing_ok=True)
         raise SpacError(f"{path}: cannot be written: {e.strerror}") from None
 
 

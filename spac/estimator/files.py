@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
@@ -68,23 +67,17 @@ def save(estimator: TokenEstimator, path: Path, model: str) -> None:
     """
     context, ids = estimator.memory.records()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(
-                file,
-                format=np.int64(_FORMAT),
-                model=np.frombuffer(model.encode(), np.uint8),
-                shape=_shape(estimator),
-                tokens_learned=np.int64(estimator.tokens_learned),
-                context=context,
-                ids=ids,
-                **{key: getattr(estimator, key) for key in _WEIGHTS},
-            )
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with cache.replacing(path) as file:
+        np.savez(
+            file,
+            format=np.int64(_FORMAT),
+            model=np.frombuffer(model.encode(), np.uint8),
+            shape=_shape(estimator),
+            tokens_learned=np.int64(estimator.tokens_learned),
+            context=context,
+            ids=ids,
+            **{key: getattr(estimator, key) for key in _WEIGHTS},
+        )
 
 
 def load(estimator: TokenEstimator, path: Path, model: str) -> bool:

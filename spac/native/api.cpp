@@ -7,22 +7,13 @@
 #include "simulate.h"
 
 #include <algorithm>
-#include <exception>
 #include <numeric>
 
 using spac::fail;
+using spac::guarded;
 using spac::Library;
 
 namespace {
-
-// Nothing throws across the ABI; what can throw here is an allocation.
-template <typename F> int guarded(F && body) {
-    try {
-        return body();
-    } catch (const std::exception & e) {
-        return fail(SPAC_E_MEMORY, e.what());
-    }
-}
 
 template <typename T> int check_size(const T * object, const char * name) {
     if (!object || object->struct_size != sizeof(T)) {

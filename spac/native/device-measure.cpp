@@ -7,6 +7,7 @@
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 #include "ggml.h"
+#include "repack.h"
 #include "store.h"
 
 #include <algorithm>
@@ -25,6 +26,7 @@
 #include <sys/mman.h>
 
 using spac::fail;
+using spac::guarded;
 
 namespace {
 
@@ -36,14 +38,6 @@ constexpr size_t max_read     = (size_t) 1 << 30;
 
 double seconds_since(Clock::time_point begin) {
     return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-template <typename F> int guarded(F && body) {
-    try {
-        return body();
-    } catch (const std::exception & e) {
-        return fail(SPAC_E_MEMORY, e.what());
-    }
 }
 
 //
@@ -161,17 +155,6 @@ using Context = std::unique_ptr<ggml_context, Deleter<ggml_context *, ggml_free>
 using Buffer  = std::unique_ptr<ggml_backend_buffer, Deleter<ggml_backend_buffer_t, ggml_backend_buffer_free>>;
 using Backend = std::unique_ptr<ggml_backend, Deleter<ggml_backend_t, ggml_backend_free>>;
 
-ggml_backend_buffer_type_t repack_buffer_type(ggml_backend_dev_t cpu) {
-    auto get_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu),
-                                                                                              "ggml_backend_dev_get_extra_bufts");
-    for (ggml_backend_buffer_type_t * buft = get_bufts ? get_bufts(cpu) : nullptr; buft && *buft; ++buft) {
-        if (std::strcmp(ggml_backend_buft_name(*buft), "CPU_REPACK") == 0) {
-            return *buft;
-        }
-    }
-    return nullptr;
-}
-
 // One row of normal noise, quantised, over and over: real weights for a kernel, made in no time.
 std::vector<uint8_t> make_weights(const ggml_tensor & tensor) {
     std::mt19937 random(1);
@@ -211,7 +194,7 @@ int measure_products(spac_products & test) {
         ggml_build_forward_expand(graph, ggml_mul_mat_id(context.get(), weights, input, ids));
     }
 
-    ggml_backend_buffer_type_t repack = test.repack ? repack_buffer_type(cpu) : nullptr;
+    ggml_backend_buffer_type_t repack = test.repack ? spac::repack_buffer_type(cpu) : nullptr;
     Buffer weight_buffer;
     for (ggml_backend_buffer_type_t buft : { repack, ggml_backend_dev_buffer_type(cpu) }) {
         if (!buft) {

@@ -1,6 +1,9 @@
 // One line for people, per thread, behind every negative return code of the C ABI.
 #pragma once
 
+#include "include/spac.h"
+
+#include <exception>
 #include <string>
 
 namespace spac {
@@ -12,5 +15,14 @@ int fail(int code, const std::string & line);
 std::string os_message(const std::string & path, const char * what, int os_error);
 
 const char * last_error();
+
+// Nothing throws across the ABI; what can throw here is an allocation.
+template <typename F> int guarded(F && body) {
+    try {
+        return body();
+    } catch (const std::exception & e) {
+        return fail(SPAC_E_MEMORY, e.what());
+    }
+}
 
 }  // namespace spac

@@ -13,13 +13,21 @@ static ggml_backend_buffer_t repack_buffer = nullptr;  // lends its functions on
 // whole. Sixteen rows stay in the CPU's cache.
 static constexpr int64_t max_group_rows = 16;
 
-void Repacker::find(ggml_backend_dev_t cpu) {
+ggml_backend_buffer_type_t repack_buffer_type(ggml_backend_dev_t cpu) {
     auto get_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu),
                                                                                               "ggml_backend_dev_get_extra_bufts");
-    for (ggml_backend_buffer_type_t * buft = get_bufts ? get_bufts(cpu) : nullptr; buft && *buft && !repack_buffer; ++buft) {
+    for (ggml_backend_buffer_type_t * buft = get_bufts ? get_bufts(cpu) : nullptr; buft && *buft; ++buft) {
         if (std::strcmp(ggml_backend_buft_name(*buft), "CPU_REPACK") == 0) {
-            repack_buffer = ggml_backend_buft_alloc_buffer(*buft, 64);
+            return *buft;
         }
+    }
+    return nullptr;
+}
+
+void Repacker::find(ggml_backend_dev_t cpu) {
+    ggml_backend_buffer_type_t buft = repack_buffer ? nullptr : repack_buffer_type(cpu);
+    if (buft) {
+        repack_buffer = ggml_backend_buft_alloc_buffer(buft, 64);
     }
 }
 

@@ -12,6 +12,9 @@
 
 namespace spac {
 
+// Upstream's repack buffer type among a CPU device's; null: it has none.
+ggml_backend_buffer_type_t repack_buffer_type(ggml_backend_dev_t cpu);
+
 class Repacker {
   public:
     // Looks for upstream's repack buffer type among the CPU device's; without it nothing is repacked.
