@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -29,7 +29,7 @@ from spac.errors import (
 )
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent
 
-ABI_VERSION: Final = 4
+ABI_VERSION: Final = 5
 EVENT_MAX_EXPERTS: Final = 32
 IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
@@ -97,6 +97,8 @@ class Stats(ctypes.Structure):
         ("ahead_reads", ctypes.c_uint64),
         ("ahead_bytes", ctypes.c_uint64),
         ("wasted_bytes", ctypes.c_uint64),
+        ("granted_bytes", ctypes.c_uint64),
+        ("shortages", ctypes.c_uint64),
     )
 
 
@@ -225,9 +227,18 @@ class Products(ctypes.Structure):
     )
 
 
+# typedef struct spac_gauge { uint64_t struct_size; const char * folder; uint64_t headroom_bytes; } spac_gauge;
+class Gauge(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("folder", ctypes.c_char_p),
+        ("headroom_bytes", ctypes.c_uint64),
+    )
+
+
 # in the order of SPAC_STRUCT_*
 STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (
-    Options, Info, Stats, Event, Error, Memory, Bundle, Simulation, Routing, Reads, Products,
+    Options, Info, Stats, Event, Error, Memory, Bundle, Simulation, Routing, Reads, Products, Gauge,
 )  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -304,6 +315,11 @@ def spac_budget_set(n_bytes: int, /) -> int: ...
 # uint64_t spac_budget_get(void);
 @_function("spac_budget_get", [], ctypes.c_uint64)
 def spac_budget_get() -> int: ...
+
+
+# int spac_pressure_watch(const spac_gauge * gauges, int n);
+@_function("spac_pressure_watch", [ctypes.POINTER(Gauge), ctypes.c_int], ctypes.c_int)
+def spac_pressure_watch(gauges: Any, n: int, /) -> int: ...
 
 
 # -- models --
@@ -509,6 +525,16 @@ def take_routing(recorder: int) -> list[RoutedLayer]:
             ids, weights = (np.ctypeslib.as_array(pointer, shape).copy() for pointer in (raw.ids, raw.weights))
         records.append(RoutedLayer(raw.layer, ids, weights, raw.expert_s))
     return records
+
+
+def watch_pressure(headrooms: Mapping[Path, int]) -> None:
+    """Let the budget shrink at once where one of these places leaves too little memory, and grow back slowly.
+
+    Args:
+        headrooms: bytes that must stay free, by folder: of a control group, or the one with `meminfo`. Empty: no longer.
+    """
+    gauges = [Gauge(ctypes.sizeof(Gauge), os.fsencode(folder), n_bytes) for folder, n_bytes in headrooms.items()]
+    check(spac_pressure_watch((Gauge * len(gauges))(*gauges), len(gauges)))
 
 
 def begin_load(store: str, n_io_threads: int = 0, repack: bool = False) -> None:

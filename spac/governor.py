@@ -29,14 +29,20 @@ class _Member:
 class Governor:
     """Budget of experts = limit - everything else.
 
-    `set_budget` and `used_bytes` are libspac's; `resident` measures the process. Thread-safe.
+    `set_budget` and `used_bytes` are libspac's, and so is `watch`: whether to look for other programs' need of memory meanwhile.
+    `resident` measures the process. Thread-safe.
     """
 
     def __init__(
-        self, set_budget: Callable[[int], None], used_bytes: Callable[[], int], resident: Callable[[], int] = memory.resident_bytes
+        self,
+        set_budget: Callable[[int], None],
+        used_bytes: Callable[[], int],
+        watch: Callable[[bool], None],
+        resident: Callable[[], int] = memory.resident_bytes,
     ) -> None:
         self._set_budget = set_budget
         self._used_bytes = used_bytes
+        self._watch = watch
         self._resident = resident
         self._members: dict[int, _Member] = {}
         self._lock = threading.RLock()
@@ -95,6 +101,8 @@ class Governor:
                     f" raise --memory by {format_bytes(floor - budget)} or lower --ctx"
                 )
             self._apply(budget)
+            if floor > 0:
+                self._watch(True)
             return budget
 
     def before_decode(self, member: int, n_tokens: int) -> None:
@@ -118,6 +126,21 @@ class Governor:
         budget, reserve = self._left(), reserve_bytes(self.limit_bytes)
         if budget + reserve // 2 < self.budget_bytes or budget > self.budget_bytes + reserve // 2:
             self._apply(max(budget, self._floor()))
+
+    def limit(self, member: int, limit_bytes: int) -> None:
+        """Change a model's limit of the process; experts shrink at once, or may grow.
+
+        Raises:
+            BudgetError: what else is in memory leaves less than a floor; nothing changes.
+        """
+        with self._lock:
+            before, self._members[member].limit_bytes = self._members[member].limit_bytes, limit_bytes
+            budget, floor = self._left(), self._floor()
+            if budget < floor:
+                self._members[member].limit_bytes = before
+                least = limit_bytes + floor - budget
+                raise BudgetError(f"{format_bytes(limit_bytes)} are not enough for what is loaded: it needs {format_bytes(least)}")
+            self._apply(budget)
 
     def cap(self, n_bytes: int | None) -> None:
         """Give experts no more than this, however much is left; None: no cap. Gone when the last model is.
@@ -143,6 +166,7 @@ class Governor:
                 self._apply(max(self._left(), self._floor()))
             else:
                 self.budget_bytes, self._cap_bytes = 0, None
+                self._watch(False)
 
     def leave(self) -> None:
         """The process ends: what measures memory may be gone when models are, and no budget matters any more."""

@@ -8,6 +8,7 @@ import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +35,7 @@ PAGINGS: Final = ("auto", "on", "off")
 _governor = Governor(
     set_budget=lambda n: void(control.check(control.spac_budget_set(n))),
     used_bytes=lambda: _used_bytes(),
+    watch=lambda watched: control.watch_pressure(memory.headrooms() if watched else {}),
 )
 _live: weakref.WeakSet[Llama] = weakref.WeakSet()
 
@@ -69,6 +71,7 @@ class Handle:
         self.keep_learned = True
         self._model: seam.Model | None = None
         self._context: seam.Context | None = None
+        self._member: int | None = None  # the governor's number
 
     def _detach(self) -> None:
         self._model = None
@@ -107,6 +110,23 @@ class Handle:
             BudgetError: it is below the floor of a model.
         """
         _governor.cap(n_bytes)
+
+    def limit_memory(self, limit: str | int) -> None:
+        """Change `memory` of a paged model. Experts that have no room any more leave at once, from any thread; others come back with use.
+
+        Raises:
+            OptionError: the limit has no meaning, or nothing is paged.
+            BudgetError: the loaded model needs more; says how much.
+        """
+        if self.plan is None or self._member is None or not self.paged:
+            raise OptionError(f"{self.facts.path}: nothing is paged that a limit could bound")
+        n_bytes = memory.parse_memory(limit)
+        n_bytes = memory.auto_limit_bytes() if n_bytes is None else n_bytes
+        try:
+            _governor.limit(self._member, n_bytes)
+        except BudgetError as e:
+            raise BudgetError(f"{self.facts.path}: {e}") from None
+        self.plan = replace(self.plan, limit_bytes=n_bytes)
 
     def evict_all(self) -> int:
         """Drop every expert from memory, for measuring cold; returns how many slices that were."""
@@ -211,7 +231,6 @@ class Llama(llama_cpp.Llama):
 
             self.spac.recorder = Recorder(facts)
         self._on_progress = on_progress
-        self._member: int | None = None
         self._flash_attn: bool | None = kwargs.pop("flash_attn", None)
         self._automatic_ubatch = kwargs.get("n_ubatch") is None
         if self._automatic_ubatch:
@@ -262,8 +281,8 @@ class Llama(llama_cpp.Llama):
             if plan.direct_io:
                 params.load_mode = upstream.LLAMA_LOAD_MODE_DIRECT_IO
             need = plan.sizes.dense_bytes + plan.sizes.context_bytes + plan.sizes.compute_bytes + plan.sizes.vocabulary_bytes
-            self._member = _governor.admit(plan.limit_bytes, plan.sizes.floor_bytes if paged else 0, need)
-            self._stack.callback(_governor.release, self._member)  # after the model is freed
+            self.spac._member = _governor.admit(plan.limit_bytes, plan.sizes.floor_bytes if paged else 0, need)
+            self._stack.callback(_governor.release, self.spac._member)  # after the model is freed
         model = seam.Model(
             path_model=path_model,
             params=params,
@@ -278,7 +297,7 @@ class Llama(llama_cpp.Llama):
 
     def _make_context(self, *, model: seam.Model, params: Any, verbose: bool) -> seam.Context:
         self._adjust_context(params)
-        member = self._member
+        member = self.spac._member
         context = seam.Context(
             model=model,
             params=params,
@@ -332,7 +351,7 @@ class Llama(llama_cpp.Llama):
     def _settle(self) -> None:
         """All is loaded: give experts what is left."""
         memory.trim_malloc()
-        if self.spac.plan is None or self._member is None:
+        if self.spac.plan is None or self.spac._member is None:
             return
         if self.spac.plan.direct_io:
             memory.drop_file_cache(*self.spac.facts.parts)
@@ -342,7 +361,7 @@ class Llama(llama_cpp.Llama):
             self._foresee(self.spac.plan.limit_bytes)
         try:
             floor, compute = info.floor_bytes if info else 0, self.spac.plan.sizes.compute_bytes
-            _governor.settle(self._member, floor, compute, self.context_params.n_ubatch)
+            _governor.settle(self.spac._member, floor, compute, self.context_params.n_ubatch)
         except BudgetError as e:
             raise BudgetError(f"{self.spac.facts.path}: {e}") from None
 

@@ -21,6 +21,9 @@ KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 
+GROUP_HEADROOM_BYTES: Final = 4 * MIB  # what must stay free of a control group's limit
+NO_LIMIT: Final = 1 << 60  # cgroup v1 writes a huge number for none
+
 _UNITS: Final = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 _SIZE: Final = re.compile(r"(?P<number>\d+(\.\d+)?)\s*((?P<unit>[KMGT]?)(I?B)?|(?P<percent>%))", re.IGNORECASE)
 
@@ -107,33 +110,43 @@ def total_bytes() -> int:
 
 def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self/cgroup")) -> list[CgroupMemory]:
     """All memory limits above this process, of cgroup v1 or v2; unlimited ones are left out."""
-    try:
-        lines = proc.read_text().splitlines()
-    except OSError:
-        return []
     found: list[CgroupMemory] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # v2
-            for mount in (root, root / "unified"):
-                found += _limits_up(mount, path, "memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            found += _limits_up(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+    for folder in cgroup_folders(root, proc):
+        limits = [_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        limit = min((n for n in limits if n is not None), default=NO_LIMIT)
+        if limit < NO_LIMIT:
+            used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
+            found.append(CgroupMemory(limit, max(used - _reclaimable(folder), 0)))
     return found
 
 
-def _limits_up(mount: Path, path: str, limit_name: str, usage_name: str) -> Iterator[CgroupMemory]:
-    folder = mount / path.lstrip("/")
-    if not folder.is_dir():
-        folder = mount  # in a container the mount may begin at our own group
-    while True:
-        limit = _number(folder / limit_name)
-        if limit is not None and limit < 1 << 60:  # v1 writes a huge number for none
-            used = (_number(folder / usage_name) or 0) - _reclaimable(folder)
-            yield CgroupMemory(limit, max(used, 0))
-        if folder == mount or mount not in folder.parents:
-            return
-        folder = folder.parent
+def cgroup_folders(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
+    """Of the memory control groups that this process is in, v1 or v2, those above them included."""
+    try:
+        lines = proc.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        mounts = [root, root / "unified"] if controllers == "" else [root / "memory"] if "memory" in controllers.split(",") else []
+        for mount in mounts:
+            folder = mount / path.lstrip("/")
+            if not folder.is_dir():
+                folder = mount  # in a container the mount may begin at our own group
+            yield folder
+            while folder != mount and mount in folder.parents:
+                folder = folder.parent
+                yield folder
+
+
+def headrooms() -> dict[Path, int]:
+    """Where to look for what memory is left, and how many bytes must stay free there: the machine, and our control groups.
+
+    A group may be ours alone, and filled up to its limit by intention: little stays free there. `auto_limit_bytes` leaves more.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    groups = {folder: GROUP_HEADROOM_BYTES for folder in cgroup_folders() if (folder / "memory.stat").exists()}
+    return {Path("/proc"): min(max(machine // 64, 32 * MIB), 256 * MIB), **groups}
 
 
 def _number(path: Path) -> int | None:

@@ -41,7 +41,8 @@ class ModelInfo:
 class ModelStats:
     """Counters from the model's load on. A use is one expert in one layer in one ubatch.
 
-    `budget_bytes`, `used_bytes` and `peak_bytes` are the process's, shared by all models; the rest is this model's.
+    `budget_bytes`, `used_bytes`, `peak_bytes`, `granted_bytes` and `shortages` are the process's, shared by all models; the
+    rest is this model's. `granted_bytes` is what experts may take, `budget_bytes` the same or less while memory is short.
     """
 
     budget_bytes: int
@@ -63,6 +64,8 @@ class ModelStats:
     ahead_reads: int
     ahead_bytes: int
     wasted_bytes: int
+    granted_bytes: int
+    shortages: int
 
     @property
     def hit_rate(self) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import spac  # noqa: F401 - before any test imports llama_cpp: it says where the libraries are
+from spac.inflate import inflate
 
 _cache = tempfile.TemporaryDirectory(prefix="spac-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name  # what is learned by one run stays there, not in the user's
@@ -28,6 +29,15 @@ def model_path() -> Path:
 def dense_path() -> Path:
     """The demo draft: dense, the same tokenizer."""
     return MODELS / "spac-demo-draft.gguf"
+
+
+@pytest.fixture(scope="session")
+def big_model(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The demo model, inflated to about 560 MB."""
+    path = tmp_path_factory.mktemp("big") / "big.gguf"
+    inflate(model_path, path, expert_type="Q4_0", factor=16)
+    yield path
+    path.unlink()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,19 +16,9 @@ import pytest
 
 import spac
 from spac import limits
-from spac.inflate import inflate
 from tests.conftest import MODELS
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def big_model(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The demo model, inflated to about 560 MB."""
-    path = tmp_path_factory.mktemp("big") / "big.gguf"
-    inflate(model_path, path, expert_type="Q4_0", factor=16)
-    yield path
-    path.unlink()
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,11 @@ class Process:
 
     def __init__(self) -> None:
         self.rest, self.experts, self.budget = 500 * MIB, 0, 0
-        self.governor = Governor(self.set_budget, lambda: self.experts, lambda: self.rest + self.experts)
+        self.watched = False
+        self.governor = Governor(self.set_budget, lambda: self.experts, self.set_watched, lambda: self.rest + self.experts)
+
+    def set_watched(self, watched: bool) -> None:
+        self.watched = watched
 
     def set_budget(self, n: int) -> None:
         self.budget, self.experts = n, min(self.experts, n)
@@ -125,6 +129,33 @@ def test_buffers_that_a_decode_cannot_touch_belong_to_experts() -> None:
     process.governor.after_decode(member, 512)
     process.governor.before_decode(member, 2048)
     assert process.budget == before
+
+
+def test_a_limit_may_change_but_not_below_what_is_loaded() -> None:
+    process = Process()
+    member = process.governor.admit(2 * GIB, 50 * MIB, 0)
+    before = process.governor.settle(member, 50 * MIB, 0, 512)
+    process.governor.limit(member, GIB)
+    assert process.budget == before - GIB - (reserve_bytes(GIB) - reserve_bytes(2 * GIB))
+    now = process.budget
+    with pytest.raises(BudgetError, match="it needs"):
+        process.governor.limit(member, 520 * MIB)
+    assert process.budget == now
+    process.governor.limit(member, 2 * GIB)
+    assert process.budget == before
+
+
+def test_memory_is_watched_while_something_is_paged() -> None:
+    process = Process()
+    whole = process.governor.admit(2 * GIB, 0, 100 * MIB)
+    process.governor.settle(whole, 0, 0, 512)
+    assert not process.watched
+    paged = process.governor.admit(2 * GIB, 50 * MIB, 0)
+    process.governor.settle(paged, 50 * MIB, 0, 512)
+    assert process.watched
+    process.governor.release(paged)
+    process.governor.release(whole)
+    assert not process.watched
 
 
 def test_the_tightest_limit_of_two_models_rules_and_room_comes_back() -> None:

@@ -193,7 +193,7 @@ def locked_bytes() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmLck:")), 0)
 
 
-GAUGES: Final = ("budget_bytes", "used_bytes", "peak_bytes", "model_used_bytes")  # not counters: no differences of these
+GAUGES: Final = ("budget_bytes", "used_bytes", "peak_bytes", "model_used_bytes", "granted_bytes")  # not counters: no differences of these
 
 
 def answer(engine: Engine, index: int, prompt: Prompt, start: float | None = None) -> None:

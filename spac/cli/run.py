@@ -147,7 +147,7 @@ def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any
     expert = None
     if stats is not None and info is not None:
         expert = {
-            "budget_bytes": stats.budget_bytes,
+            "budget_bytes": stats.granted_bytes,
             "peak_bytes": stats.peak_bytes,
             "hits": stats.hits,
             "misses": stats.misses,
@@ -155,6 +155,7 @@ def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any
             "bytes_read": stats.bytes_read,
             "reads": stats.reads,
             "stall_s": stats.stall_s,
+            "shortages": stats.shortages,
             "floor_bytes": info.floor_bytes,
             "store": info.store,
         }

@@ -125,10 +125,13 @@ def stats_lines(llama: Llama, generation: Generation | None, load_s: float) -> l
     stats, info = llama.spac.stats(), llama.spac.info()
     if stats is None or info is None:
         return [*lines, "experts  not paged"]
+    if stats.shortages:
+        now = f", which leave {format_bytes(stats.budget_bytes)} now" if stats.budget_bytes < stats.granted_bytes else ""
+        lines.append(f"memory   was short {stats.shortages} times: other programs needed it{now}")
     return [
         *lines,
         f"experts  {format_bytes(stats.model_used_bytes)} of {format_bytes(info.expert_page_bytes)} in memory,"
-        f" budget {format_bytes(stats.budget_bytes)} (store: {info.store})",
+        f" budget {format_bytes(stats.granted_bytes)} (store: {info.store})",
         f"paging   {stats.hit_rate:.1%} hits, {format_bytes(stats.bytes_read)} read in {stats.reads} reads,"
         f" {stats.stall_s:.2f} s stalled",
     ]

@@ -52,6 +52,7 @@ size_t spac_struct_size(int which) {
         case SPAC_STRUCT_ROUTING: return sizeof(spac_routing);
         case SPAC_STRUCT_READS:   return sizeof(spac_reads);
         case SPAC_STRUCT_PRODUCTS: return sizeof(spac_products);
+        case SPAC_STRUCT_GAUGE: return sizeof(spac_gauge);
         default:                  return 0;
     }
 }
@@ -78,7 +79,24 @@ int spac_budget_set(uint64_t bytes) {
 }
 
 uint64_t spac_budget_get(void) {
-    return Library::get().pager.budget();
+    return Library::get().pager.granted();
+}
+
+int spac_pressure_watch(const spac_gauge * gauges, int n) {
+    std::vector<spac::Gauge> all;
+    for (int i = 0; i < n; ++i) {
+        if (const int code = check_size(&gauges[i], "spac_gauge")) {
+            return code;
+        }
+        if (!gauges[i].folder) {
+            return fail(SPAC_E_ARGUMENT, "spac_pressure_watch: no folder");
+        }
+        all.emplace_back(gauges[i].folder, gauges[i].headroom_bytes);
+    }
+    return guarded([&] {
+        Library::get().watch_pressure(std::move(all));
+        return SPAC_OK;
+    });
 }
 
 //
@@ -147,6 +165,8 @@ int spac_model_stats(int id, spac_stats * stats) {
     stats->ahead_reads      = model->ahead_reads;
     stats->ahead_bytes      = model->ahead_bytes;
     stats->wasted_bytes     = model->wasted_bytes;
+    stats->granted_bytes    = pager.granted();
+    stats->shortages        = Library::get().shortages();
     return SPAC_OK;
 }
 

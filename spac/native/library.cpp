@@ -71,8 +71,8 @@ int Library::adopt(const std::shared_ptr<Model> & model, int n_io_threads) {
         models_[model->id] = model;
     }
     pager.add_model(model, n_io_threads > 0 ? n_io_threads : default_io_threads);
-    if (pager.budget() < model->floor_bytes()) {
-        return fail(SPAC_E_BUDGET, "the expert budget of " + std::to_string(pager.budget()) + " bytes is below this model's floor of " +
+    if (pager.granted() < model->floor_bytes()) {
+        return fail(SPAC_E_BUDGET, "the expert budget of " + std::to_string(pager.granted()) + " bytes is below this model's floor of " +
                                        std::to_string(model->floor_bytes()) + " bytes");
     }
     return SPAC_OK;
@@ -85,6 +85,24 @@ void Library::forget(const std::shared_ptr<Model> & model) {
     pager.remove_model(*model);
     std::lock_guard<std::mutex> lock(mutex_);
     models_.erase(model->id);
+}
+
+void Library::watch_pressure(std::vector<Gauge> gauges) {
+    const bool ends = gauges.empty();
+    watch_.watch(std::move(gauges));
+    if (ends) {
+        look(std::nullopt, 0);
+    }
+}
+
+void Library::look(std::optional<int64_t> spare, double now) {
+    if (!spare) {
+        rule_ = PressureRule();
+    }
+    const uint64_t cap = spare ? rule_.cap(*spare, pager.used_bytes(), pager.granted(), now) : no_cap;
+    shortages_ += cap != no_cap && !capped_;
+    capped_ = cap != no_cap;
+    pager.set_cap(cap);
 }
 
 std::shared_ptr<Model> Library::find(int id) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "pager.h"
+#include "pressure.h"
 
 #include <mutex>
 #include <unordered_map>
@@ -28,10 +29,20 @@ class Library {
     void forget(const std::shared_ptr<Model> & model);
     std::shared_ptr<Model> find(int id);
 
+    // Lets the budget follow the memory that is left; no gauges: no longer.
+    void watch_pressure(std::vector<Gauge> gauges);
+    uint64_t shortages() const { return shortages_; }  // times that it was short
+
   private:
+    void look(std::optional<int64_t> spare, double now);
+
     std::mutex mutex_;  // never taken on the compute path
     std::unordered_map<int, std::shared_ptr<Model>> models_;
     int next_id_ = 1;
+    PressureRule          rule_;            // of the watching thread, like the next
+    bool                  capped_ = false;
+    std::atomic<uint64_t> shortages_{ 0 };
+    PressureWatch         watch_{ [this](std::optional<int64_t> spare, double now) { look(spare, now); } };
 };
 
 }  // namespace spac

@@ -70,6 +70,7 @@ void Pager::add_model(std::shared_ptr<Model> model, int n_io_threads) {
         peak_ = used_.load();
     }
     models_.push_back(std::move(model));
+    budget_ = std::min(granted_.load(), std::max(cap_, floor()));
     while ((int) threads_.size() < n_io_threads) {
         threads_.emplace_back([this] { work(); });
     }
@@ -133,12 +134,33 @@ int Pager::take_error(spac_context & context, spac_error & error) {
 
 int Pager::set_budget(uint64_t bytes) {
     Lock lock(mutex_);
-    for (auto & model : models_) {
-        if (bytes < model->floor_bytes()) {
-            return SPAC_E_BUDGET;
-        }
+    if (bytes < floor()) {
+        return SPAC_E_BUDGET;
     }
-    budget_ = bytes;
+    granted_ = bytes;
+    follow_budget(lock);
+    return SPAC_OK;
+}
+
+void Pager::set_cap(uint64_t bytes) {
+    Lock lock(mutex_);
+    if (bytes != cap_) {
+        cap_ = bytes;
+        follow_budget(lock);
+    }
+}
+
+uint64_t Pager::floor() const {
+    uint64_t most = 0;
+    for (const auto & model : models_) {
+        most = std::max(most, model->floor_bytes());
+    }
+    return most;
+}
+
+// Brings the budget to what is granted, or to the cap if that is less, and what is used down to the budget; or lets it grow.
+void Pager::follow_budget(Lock & lock) {
+    budget_ = std::min(granted_.load(), std::max(cap_, floor()));
     arrived_.notify_all();
     while (used_ > budget_) {
         Victim victim = cheapest();
@@ -150,7 +172,6 @@ int Pager::set_budget(uint64_t bytes) {
         }
     }
     notify_work();
-    return SPAC_OK;
 }
 
 int Pager::evict_all(Model & model) {

@@ -115,7 +115,7 @@ struct Op {
 
 class Pager {
   public:
-    explicit Pager(uint64_t budget_bytes) : budget_(budget_bytes) {}
+    explicit Pager(uint64_t budget_bytes) : granted_(budget_bytes), budget_(budget_bytes) {}
     ~Pager();
 
     // -- set-up --
@@ -125,7 +125,9 @@ class Pager {
     void remove_context(spac_context * context);
     int  take_error(spac_context & context, spac_error & error);  // and forget the layer in which it stopped
     int  set_budget(uint64_t bytes);  // SPAC_OK or SPAC_E_BUDGET
-    uint64_t budget() const { return budget_.load(std::memory_order_relaxed); }
+    void set_cap(uint64_t bytes);     // use no more of the budget than this, but what the models need at least
+    uint64_t budget() const { return budget_.load(std::memory_order_relaxed); }  // what may be used now
+    uint64_t granted() const { return granted_.load(std::memory_order_relaxed); }  // what was set
     uint64_t used_bytes() const { return used_.load(std::memory_order_relaxed); }
     uint64_t peak_bytes() const { return peak_.load(std::memory_order_relaxed); }
 
@@ -203,6 +205,8 @@ class Pager {
     void notify_work();
 
     // room
+    uint64_t floor() const;
+    void follow_budget(Lock & lock);
     bool make_room(const Job & job, Claim claim, Refusal & refusal);
     bool idle(PagedTensor & tensor, int expert) const;
     bool is_head(const PagedTensor & tensor, int expert) const;
@@ -220,7 +224,8 @@ class Pager {
     std::mutex              mutex_;
     std::condition_variable work_;     // reading threads: a job, room, or the end
     std::condition_variable arrived_;  // compute threads and removers: a slice changed its state
-    std::atomic<uint64_t>   budget_, used_{ 0 }, peak_{ 0 };
+    std::atomic<uint64_t>   granted_, budget_, used_{ 0 }, peak_{ 0 };
+    uint64_t                cap_ = UINT64_MAX;
     std::set<Job>           queue_;
     std::vector<std::shared_ptr<Model>>      models_;
     std::unordered_set<spac_context *>       contexts_;

@@ -474,6 +474,37 @@ TEST_CASE("a smaller budget evicts at once, one below the floor is refused and c
     pass(pager, m, nullptr, { { 0, 1, 2, 3, 4, 5, 6, 7 } });
 }
 
+TEST_CASE("a cap evicts what is above it at once, down to the floor at most; without it the budget is what was set") {
+    Shape shape;
+    TestModel model(shape);
+    Pager pager(8 * shape.slice_bytes);
+    pager.add_model(model.model, 0);
+    for (int e = 0; e < 4; ++e) {
+        model.prefetch(pager, 0, e);
+    }
+    read_all(pager);
+    REQUIRE(pager.used_bytes() == 8 * shape.slice_bytes);
+
+    pager.set_cap(5 * shape.slice_bytes);
+    CHECK(pager.budget() == 5 * shape.slice_bytes);
+    CHECK(pager.used_bytes() <= pager.budget());
+    CHECK(pager.set_budget(7 * shape.slice_bytes) == SPAC_OK);
+    CHECK(pager.budget() == 5 * shape.slice_bytes);
+    CHECK(pager.granted() == 7 * shape.slice_bytes);
+
+    pager.set_cap(0);
+    CHECK(pager.budget() == model.model->floor_bytes());
+    CHECK(pager.used_bytes() <= pager.budget());
+    TestModel another(shape);
+    pager.add_model(another.model, 0);
+    CHECK(pager.budget() >= another.model->floor_bytes());
+
+    pager.set_cap(UINT64_MAX);
+    CHECK(pager.budget() == 7 * shape.slice_bytes);
+    pager.remove_model(*another.model);
+    pager.remove_model(*model.model);
+}
+
 TEST_CASE("a shrinking budget waits for slices in use and leaves them whole") {
     TestModel m(Shape{ 1, 2 });
     Pager     pager(plenty);

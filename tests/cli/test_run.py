@@ -28,7 +28,7 @@ JSON_KEYS = {
     "decode_tokens_per_s", "memory_limit_bytes", "peak_rss_bytes", "cpu_s", "paging", "expert", "finish", "draft", "signals",
 }  # fmt: skip
 EXPERT_KEYS = {
-    "budget_bytes", "peak_bytes", "hits", "misses", "hit_rate", "bytes_read", "reads", "stall_s", "floor_bytes", "store",
+    "budget_bytes", "peak_bytes", "hits", "misses", "hit_rate", "bytes_read", "reads", "stall_s", "shortages", "floor_bytes", "store",
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define SPAC_ABI_VERSION 4
+#define SPAC_ABI_VERSION 5
 #define SPAC_EVENT_MAX_EXPERTS 32  // a token's experts beyond this many are counted, but not named in its event
 
 enum {
@@ -61,6 +61,7 @@ enum {
     SPAC_STRUCT_ROUTING    = 8,
     SPAC_STRUCT_READS      = 9,
     SPAC_STRUCT_PRODUCTS   = 10,
+    SPAC_STRUCT_GAUGE      = 11,
 };
 
 typedef struct spac_context  spac_context;
@@ -92,7 +93,7 @@ typedef struct spac_info {
 // All counters run from the model's load. A use is one expert in one layer in one ubatch.
 typedef struct spac_stats {
     uint64_t struct_size;
-    uint64_t budget_bytes;      // of the process
+    uint64_t budget_bytes;      // of the process, to be used now: what was set, or less while memory is short
     uint64_t used_bytes;        // pages that hold experts or are being read into, all models
     uint64_t peak_bytes;        // largest used_bytes since a model was loaded into an empty process
     uint64_t model_used_bytes;  // this model's part of used_bytes
@@ -111,7 +112,16 @@ typedef struct spac_stats {
     uint64_t ahead_reads;       // of reads: those of guesses
     uint64_t ahead_bytes;       // of bytes_read: likewise
     uint64_t wasted_bytes;      // of ahead_bytes: abandoned, or dropped unused
+    uint64_t granted_bytes;     // what spac_budget_set() set
+    uint64_t shortages;         // times that memory was short, in this process
 } spac_stats;
+
+// Where to look for how much memory is left
+typedef struct spac_gauge {
+    uint64_t     struct_size;
+    const char * folder;          // of a control group, version 1 or 2; or the one that holds "meminfo"
+    uint64_t     headroom_bytes;  // what must stay free there
+} spac_gauge;
 
 // One token's routing in one layer, in the order in which layers are computed.
 typedef struct spac_event {
@@ -238,7 +248,10 @@ SPAC_API void *       spac_buffer_type(void);       // ggml_backend_buffer_type_
 
 // -- budget of the process --
 SPAC_API int      spac_budget_set(uint64_t bytes);  // evicts down to it before it returns; SPAC_E_BUDGET below a loaded model's floor
-SPAC_API uint64_t spac_budget_get(void);
+SPAC_API uint64_t spac_budget_get(void);            // what was set
+// Looks from now on, twenty times a second and when tasks wait for memory, whether every gauge leaves its headroom. What is missing is
+// taken from the budget at once, down to the floor at most, and given back slowly. n = 0: no longer
+SPAC_API int      spac_pressure_watch(const spac_gauge * gauges, int n);
 
 // -- models --
 SPAC_API int spac_load_begin(const spac_options * options);
