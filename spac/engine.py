@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spac import control
+from spac.balancer.live import Decode, LiveBalancer, Model
 from spac.estimator import TokenEstimator, load, save
 from spac.estimator.foresight import foresight
 from spac.estimator.tokens import Floats
@@ -32,16 +33,9 @@ LEAST_MEMORY_BYTES: Final = 1 << 20  # for what the estimator remembers
 LEAST_LEARNED_TOKENS: Final = 32
 READ_FROM: Final = 0.9  # probability from which a guess is read ahead: docs/lookahead.md
 LEAST_CHANCE: Final = 0.02  # of a drafted token, to be looked up
-HORIZON: Final = 4  # tokens; beyond it a draft is rarely right
+HORIZON: Final = 4  # tokens, before there is a plan; beyond it a draft is rarely right
 IDLE_TOKENS: Final = 64  # so many without a miss: there is nothing to steer
-
-# A draft that is only sensed saves about this part of the time that decoding waits for reads (docs/lookahead.md).
-SAVED_STALL: Final = 0.07
-# Where decoding waits for reads for more than this part of the time, the disk has no idle time to read ahead in.
-BUSY_SHARE: Final = 0.8
 NEVER: Final = 2.0  # a probability from which nothing is read ahead
-HYSTERESIS: Final = 1.3
-REMEMBERED_TOKENS: Final = 16  # running means are over about so many
 
 
 @dataclass
@@ -88,6 +82,7 @@ class Foresight:
     Attributes:
         stats: by signal: "tokens" about the token decoded next, "draft" about the one after it.
         estimator: what the signals learned.
+        balancer: decides how many tokens are drafted and verified, and whether anything is read ahead.
     """
 
     @classmethod
@@ -105,13 +100,19 @@ class Foresight:
             return None
         least = TokenEstimator.weights_bytes(len(layers), info.n_experts) + LEAST_MEMORY_BYTES
         estimator = TokenEstimator(len(layers), info.n_experts, n_used, memory_bytes=max(memory_bytes, least))
-        return cls(model_id, layers, estimator, signals)
+        bundle_bytes = info.expert_page_bytes // info.n_bundles
+        floor = min(info.n_bundles, -(-info.floor_bytes // bundle_bytes))
+        balancer = LiveBalancer(Model(n_used * len(layers), info.n_bundles, floor, bundle_bytes))
+        return cls(model_id, layers, estimator, signals, balancer)
 
-    def __init__(self, model_id: int, layers: Sequence[int], estimator: TokenEstimator, signals: Sequence[str]) -> None:
+    def __init__(
+        self, model_id: int, layers: Sequence[int], estimator: TokenEstimator, signals: Sequence[str], balancer: LiveBalancer
+    ) -> None:
         """`layers`: block numbers, in the order of computing."""
         self.signals = frozenset(signals)
         self.stats = {name: SignalStats() for name in signals}
         self.estimator = estimator
+        self.balancer = balancer
         self._read_from = READ_FROM
         self._model_id = model_id
         self._place = {layer: i for i, layer in enumerate(layers)}
@@ -121,11 +122,9 @@ class Foresight:
         self._now: Floats | None = None  # predicted for the token being decoded
         self._drafted: Floats | None = None  # the same, when it was only drafted
         self._after: Floats | None = None  # for the token after it
-        self._next_event = 0
-        self._misses, self._calm_tokens = 0, 0
-        self._stall_s, self._stalled_s = 0.0, 0.0  # a token's, running mean; all
-        self._draft_s, self._decode_s, self._begun_s = 0.0, 0.0, 0.0  # running means; when the decode began
-        self._drafts = True
+        self._last = control.model_stats(model_id)
+        self._calm_tokens = 0
+        self._begun_s, self._lookup_s = 0.0, 0.0  # when the decode began; what looking up drafted tokens took
 
     def load(self, path: Path, model: str) -> None:
         """Take what was learned before, if the file is there and sound; `model` is the model's fingerprint."""
@@ -141,13 +140,16 @@ class Foresight:
         except OSError as e:
             _log.warning("%s: what was learned of experts cannot be kept: %s", path, e.strerror or e)
 
-    def horizon(self) -> int:
-        """How many drafted tokens are worth their time: 0 where decoding does not wait for reads."""
+    def horizon(self, verifies: bool) -> int:
+        """How many drafted tokens are worth their time: 0 where decoding does not wait for reads.
+
+        Args:
+            verifies: whether they may be verified, too.
+        """
+        self.balancer.verifies = verifies
         if "draft" not in self.signals or self._calm_tokens >= IDLE_TOKENS:
             return 0
-        saved, cost = SAVED_STALL * self._stall_s, self._draft_s
-        self._drafts = saved * (HYSTERESIS if self._drafts else 1 / HYSTERESIS) >= cost
-        return HORIZON if self._drafts else 0
+        return HORIZON if self.balancer.choice is None else self.balancer.choice.drafted
 
     def propose(self, proposal: Proposal, chances: Sequence[float], draft_s: float) -> None:
         """What may follow the last token sampled, for the next decode only.
@@ -157,8 +159,8 @@ class Foresight:
             draft_s: seconds that the proposal took.
         """
         self._proposal = proposal, chances
-        if proposal.tokens:
-            self._draft_s += (draft_s * min(1.0, HORIZON / len(proposal.tokens)) - self._draft_s) / REMEMBERED_TOKENS
+        known = [sum(chance for _, chance in candidates) for candidates in _candidates(proposal, chances, 0)]
+        self.balancer.drafted(chances, known, draft_s + self._lookup_s)
 
     def before(self, position: int, tokens: list[int] | None) -> None:
         """Tokens are about to be decoded: the last one sampled, and drafted ones to verify. None: something else.
@@ -176,7 +178,8 @@ class Foresight:
         if proposal is not None and "draft" in self.signals:
             drafts = _candidates(*proposal, len(tokens) - 1)
         known = [[(token, 1.0)] for token in tokens]
-        read_from = self._read_from if self._stall_s < BUSY_SHARE * self._decode_s else NEVER
+        choice = self.balancer.choice
+        read_from = self._read_from if choice is None or choice.depth else NEVER
         if self.estimator.tokens_learned == 0 or (not drafts and ("tokens" not in self.signals or read_from >= NEVER)):
             return
         p = self.estimator.of_candidates([*known, *drafts])
@@ -185,22 +188,29 @@ class Foresight:
         self._now, self._after = p[0], coming[0] if drafts and len(tokens) == 1 else None
         now = 1 - np.prod(1 - p[: len(tokens)], axis=0) if "tokens" in self.signals else np.zeros_like(p[0])
         control.foresee(self._model_id, foresight(now, coming), read_from)
-        if drafts:
-            self._draft_s += (time.perf_counter() - begin) / REMEMBERED_TOKENS
+        self._lookup_s = time.perf_counter() - begin if drafts else 0.0
 
     def after(self, position: int, tokens: list[int] | None) -> None:
         """They were decoded."""
-        stats = control.model_stats(self._model_id)
-        first, self._next_event = self._next_event, stats.events
-        self._calm_tokens = 0 if stats.misses > self._misses else self._calm_tokens + 1
-        self._misses = stats.misses
-        stalled_s, self._stalled_s = stats.stall_s - self._stalled_s, stats.stall_s
+        stats, last = control.model_stats(self._model_id), self._last
+        self._last = stats
+        self._calm_tokens = 0 if stats.misses > last.misses else self._calm_tokens + 1
         if tokens is None:
             return
-        self._stall_s += (stalled_s / len(tokens) - self._stall_s) / REMEMBERED_TOKENS
-        self._decode_s += ((time.perf_counter() - self._begun_s) / len(tokens) - self._decode_s) / REMEMBERED_TOKENS
-        if self._calm_tokens < IDLE_TOKENS and stats.events - first == len(tokens) * len(self._place):
-            self._pending = _Decoded(position, tokens, self._routed(first, len(tokens)))
+        self.balancer.decoded(
+            Decode(
+                verified=len(tokens) - 1,
+                seconds=time.perf_counter() - self._begun_s,
+                stall_s=stats.stall_s - last.stall_s,
+                misses=stats.misses - last.misses,
+                read_bytes=stats.bytes_read - last.bytes_read,
+                ahead_bytes=stats.ahead_bytes - last.ahead_bytes,
+                wasted_bytes=stats.wasted_bytes - last.wasted_bytes,
+                budget_bytes=stats.budget_bytes,
+            )
+        )
+        if self._calm_tokens < IDLE_TOKENS and stats.events - last.events == len(tokens) * len(self._place):
+            self._pending = _Decoded(position, tokens, self._routed(last.events, len(tokens)))
 
     def _learn(self, position: int, tokens: list[int] | None) -> None:
         """From the last decode, now that the next one tells which of its tokens stayed."""

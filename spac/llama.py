@@ -24,6 +24,7 @@ from spac.sizes import measure_sizes
 from spac.stats import SIGNALS, LayerStats, ModelInfo, ModelStats, RoutingEvent
 
 if TYPE_CHECKING:
+    from spac.balancer.live import LiveBalancer
     from spac.draft import Proposal
     from spac.engine import Foresight, SignalStats
     from spac.trace.recorder import Recorder
@@ -145,9 +146,13 @@ class Handle:
         """How good the predictions of experts were, by signal; empty if nothing is foreseen."""
         return self._foresight.stats if self._foresight is not None else {}
 
-    def horizon(self) -> int:
-        """How many drafted tokens it pays to know before the next decode, verified or not."""
-        return self._foresight.horizon() if self._foresight is not None else 0
+    def horizon(self, verifies: bool = True) -> int:
+        """How many drafted tokens it pays to know before the next decode, verified or not; `verifies`: some may be."""
+        return self._foresight.horizon(verifies) if self._foresight is not None else 0
+
+    def balancer(self) -> LiveBalancer | None:
+        """What decides how much is drafted, verified and read ahead; None if nothing is foreseen."""
+        return self._foresight.balancer if self._foresight is not None else None
 
     def propose(self, proposal: Proposal, chances: Sequence[float], draft_s: float = 0.0) -> None:
         """Say which tokens may follow the last one sampled: it tells the pager what to keep in memory.
@@ -377,6 +382,7 @@ class Llama(llama_cpp.Llama):
             return
         context: Any = self._ctx
         context.foresight = foresight
+        self._stack.callback(foresight.balancer.close)
         if self._learned is not None:
             from spac.estimator import default_path, fingerprint
 

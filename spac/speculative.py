@@ -139,8 +139,9 @@ class Speculation:
 
     def _propose(self, llama: Llama, sequence: list[int], room: int) -> list[int]:
         """Drafted tokens to verify, at most as many as there is room for."""
-        sensed = llama.spac.horizon() if self._horizon == "auto" else self._horizon
-        asked = min(max(sensed, self._length.wanted), room) if self.draft is not None else 0
+        sensed = llama.spac.horizon(not self._verifies_nothing) if self._horizon == "auto" else self._horizon
+        most = self._most_verified(llama)
+        asked = min(max(sensed, min(self._length.wanted, most)), room) if self.draft is not None else 0
         begin = time.perf_counter()
         proposal = Proposal([], [])
         if self.draft is not None and asked > 0:
@@ -150,7 +151,14 @@ class Speculation:
         chances = self.acceptance.chances(proposal)
         llama.spac.propose(proposal, chances, draft_s)
         n = self._length.choose(chances, asked, draft_s) if self.draft is not None else 0
-        return proposal.tokens[: min(n, llama.n_batch - 1)] if self._can_verify else []
+        return proposal.tokens[: min(n, most, llama.n_batch - 1)] if self._can_verify else []
+
+    def _most_verified(self, llama: Llama) -> int:
+        """A number that was asked for is kept to; else none where the last plan says that none pays."""
+        balancer = llama.spac.balancer()
+        if balancer is None or balancer.choice is None or isinstance(self._length, FixedLength):
+            return MOST_VERIFIED
+        return MOST_VERIFIED if balancer.choice.verified else 0
 
     def _evaluate(self, llama: Llama, sequence: list[int], drafted: list[int]) -> list[int]:
         """Evaluate what the context lacks of the sequence, and drafted tokens after it; returns those that were."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 import spac
 from spac import control
+from spac.balancer.state import Choice
 from spac.bench.prompt import load as load_prompts
 from spac.draft import DraftLlama, ModelDraft, Proposal
 from spac.engine import HORIZON, Foresight, SignalStats, _candidates
@@ -164,18 +166,38 @@ def test_drafts_are_not_made_where_nothing_is_waited_for(model_path: Path, draft
     llama.close()
 
 
-@pytest.mark.parametrize(("stall_s", "reads"), [(0.09, False), (0.05, True)])
-def test_nothing_is_read_ahead_where_the_disk_is_busy(
-    model_path: Path, monkeypatch: pytest.MonkeyPatch, stall_s: float, reads: bool
-) -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_what_is_read_ahead_is_the_balancers_choice(model_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
     llama = load(model_path)
     answers(llama, n_prompts=2)
     told: list[float] = []
     monkeypatch.setattr(control, "foresee", lambda _, __, read_from: told.append(read_from))
     engine = foresight_of(llama)
-    engine._stall_s, engine._decode_s = stall_s, 0.1
+    engine.balancer.choice = Choice(depth=depth)
     engine.before(llama.n_tokens, [5])
-    assert told == ([0.9] if reads else [])
+    assert told == ([0.9] if depth else [])
+    llama.close()
+
+
+def test_the_balancer_plans_while_tokens_come(model_path: Path, draft: ModelDraft) -> None:
+    """And its thread ends with the model."""
+    llama = load(model_path)
+    answers(llama, Speculation(draft), n_prompts=2, n_tokens=40)
+    balancer = llama.spac.balancer()
+    assert balancer is not None
+    llama.close()
+    assert balancer.plans >= 1
+    assert balancer.choice is not None
+    assert "spac-balancer" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize(("verified", "wanted"), [(0, 0), (2, 64)])
+def test_where_verifying_does_not_pay_nothing_is_drafted_for_it(model_path: Path, draft: ModelDraft, verified: int, wanted: int) -> None:
+    llama = load(model_path)
+    engine = foresight_of(llama)
+    engine.balancer.choice = Choice(verified=verified, drafted=verified)
+    assert Speculation(draft)._most_verified(llama) == wanted
+    assert Speculation(draft, 3)._most_verified(llama) == 64  # asked for
     llama.close()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,7 +160,7 @@ def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any
             "floor_bytes": info.floor_bytes,
             "store": info.store,
         }
-    drafted = generation.draft
+    drafted, balancer = generation.draft, llama.spac.balancer()
     draft = None
     if drafted is not None:
         draft = {
@@ -185,6 +186,14 @@ def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any
         "paging": "on" if llama.spac.paged else "off",
         "expert": expert,
         "draft": draft,
+        "balancer": {
+            "plans": balancer.plans,
+            "late": balancer.late,
+            "cpu_s": balancer.cpu_s,
+            "choice": asdict(balancer.choice) if balancer.choice is not None else None,
+        }
+        if balancer is not None
+        else None,
         "signals": {
             name: {
                 "precision": signal.precision,

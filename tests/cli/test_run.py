@@ -25,7 +25,7 @@ PROMPT = "The open() system call"
 GREEDY = ("--temp", "0", "-n", "12", "--ctx", "512")
 JSON_KEYS = {
     "text", "token_ids", "prompt_tokens", "completion_tokens", "load_s", "prefill_s", "decode_s", "prefill_tokens_per_s",
-    "decode_tokens_per_s", "memory_limit_bytes", "peak_rss_bytes", "cpu_s", "paging", "expert", "finish", "draft", "signals",
+    "decode_tokens_per_s", "memory_limit_bytes", "peak_rss_bytes", "cpu_s", "paging", "expert", "finish", "draft", "signals", "balancer",
 }  # fmt: skip
 EXPERT_KEYS = {
     "budget_bytes", "peak_bytes", "hits", "misses", "hit_rate", "bytes_read", "reads", "stall_s", "shortages", "floor_bytes", "store",

@@ -1,0 +1,281 @@
+"""The balancer beside decoding: what is measured while tokens come, and a thread that plans anew when that has changed.
+
+Decoding tells it a few numbers for each token and asks what the last plan was; it never waits. One order keeps the experts of all
+layers, so slots need no plan (docs/balancer.md): what is decided is how many tokens are drafted, how many verified at most, and
+whether anything is read ahead. With one cache marginal gains are exact, and no solver is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from spac.balancer.cost import Costs
+from spac.balancer.curves import MissCurve
+from spac.balancer.heuristics import greedy
+from spac.balancer.state import Cache, Choice, Lookahead, Plan, State
+from spac.trace.timing import PARTS, Reads
+
+_log = logging.getLogger(__name__)
+
+FIRST_PLAN: Final = 8  # decodes
+WEIGHT: Final = 0.2  # of a new value in a running mean
+CHANGED: Final = 1.4  # a mean that has changed by this factor asks for a new plan
+CHANGED_CHANCE: Final = 0.15  # a chance, by this much
+LEAST_STEPS: Final = 4  # decodes between two plans
+BETTER: Final = 0.02  # what a new choice must save, relative
+DEADLINE_S: Final = 1.0
+NICE: Final = 19
+
+MOST_VERIFIED: Final = 4
+MOST_DRAFTED: Final = 4
+# Part of the misses that one more token's experts save if it is known, by its distance: docs/benchmarks/lookahead-misses.md ("known",
+# both models, a quarter of the experts).
+SAVED_BY_KNOWN: Final = (0.07, 0.05, 0.04, 0.03)
+GUESSED_SLOPE: Final = 0.25  # computing one more token, in that of one, before it was measured
+GUESSED_LOOKAHEAD: Final = Lookahead(0.05, 0.8)  # before anything was read ahead
+LEAST_AHEAD_BYTES: Final = 1 << 20  # by decode, to be measured
+
+
+class Mean:
+    """A running mean; None before the first value."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self._n = 0
+
+    def add(self, value: float) -> None:
+        self._n += 1
+        before = self.value or 0.0
+        self.value = before + max(WEIGHT, 1 / self._n) * (value - before)
+
+    def get(self, default: float = 0.0) -> float:
+        return default if self.value is None else self.value
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One decode, as it was measured.
+
+    Attributes:
+        verified: drafted tokens in it.
+        seconds: that it took; `stall_s`: those of them that it waited for reads.
+        misses: bundles that were not there.
+        read_bytes: all; `ahead_bytes`: those of guesses; `wasted_bytes`: those of guesses for nothing.
+        budget_bytes: of experts now.
+    """
+
+    verified: int
+    seconds: float
+    stall_s: float
+    misses: int
+    read_bytes: int
+    ahead_bytes: int
+    wasted_bytes: int
+    budget_bytes: int
+
+
+@dataclass
+class Measured:
+    """Running means of what plans hang on.
+
+    Attributes:
+        compute_s, misses: of a decode, by how many drafted tokens it verified.
+        stall_s: of a decode that verified none.
+        draft_s: for each token.
+        accepted: of each drafted token, the chance that it and those before it are right.
+        known: of each drafted token and its alternatives, the chance that one of them comes.
+    """
+
+    compute_s: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_VERIFIED + 1)])
+    misses: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_VERIFIED + 1)])
+    accepted: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_VERIFIED)])
+    known: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_DRAFTED)])
+    stall_s: Mean = field(default_factory=Mean)
+    draft_s: Mean = field(default_factory=Mean)
+    recall: Mean = field(default_factory=Mean)
+    precision: Mean = field(default_factory=Mean)
+    budget_bytes: int = 0
+
+    def add(self, decode: Decode) -> None:
+        if decode.verified <= MOST_VERIFIED:
+            self.compute_s[decode.verified].add(max(0.0, decode.seconds - decode.stall_s))
+            self.misses[decode.verified].add(decode.misses)
+        if decode.verified == 0:
+            self.stall_s.add(decode.stall_s)
+        self.budget_bytes = decode.budget_bytes
+        if decode.ahead_bytes >= LEAST_AHEAD_BYTES:
+            used = max(0, decode.ahead_bytes - decode.wasted_bytes)
+            self.precision.add(max(0.05, used / decode.ahead_bytes))
+            self.recall.add(used / max(1, decode.read_bytes - decode.wasted_bytes))
+
+    def drafted(self, chances: Sequence[float], known: Sequence[float], seconds: float) -> None:
+        """A proposal of len(chances) tokens."""
+        if not chances:
+            return
+        self.draft_s.add(seconds / len(chances))
+        for means, values in ((self.accepted, chances), (self.known, known)):
+            for mean, value in zip(means, values, strict=False):
+                mean.add(value)
+
+    def marks(self) -> tuple[float, ...]:
+        """By which a change is noticed."""
+        return self.stall_s.get(), self.misses[0].get(), self.compute_s[0].get(), self.draft_s.get(), float(self.budget_bytes)
+
+    def changed(self, marks: Sequence[float], chance: float) -> bool:
+        """Since these marks, and this chance of the first drafted token."""
+        least_s = (self.stall_s.get() + self.compute_s[0].get()) / 20  # what is smaller does not matter
+        least = least_s, 1.0, least_s, least_s, 1.0
+        ratios = ((now + small) / (then + small) for now, then, small in zip(self.marks(), marks, least, strict=True))
+        moved = any(not 1 / CHANGED <= ratio <= CHANGED for ratio in ratios)
+        # a budget is no running mean: it changes for good
+        budget = abs(self.budget_bytes - marks[-1]) > 0.05 * marks[-1]
+        return moved or budget or abs(self.accepted[0].get() - chance) > CHANGED_CHANCE
+
+
+@dataclass(frozen=True)
+class Model:
+    """What does not change: bundles used by a token, all bundles, the least in memory; bytes of one."""
+
+    n_used: int
+    n_bundles: int
+    floor: int
+    bundle_bytes: int
+
+    def state(self, measured: Measured, drafts: bool, verifies: bool) -> State:
+        """What the balancer is told. `drafts`: there is a draft; `verifies`: its tokens may be verified."""
+        slots = max(self.floor, min(self.n_bundles, measured.budget_bytes // self.bundle_bytes))
+        even = self.n_used * (1 - slots / self.n_bundles)
+        misses = min(measured.misses[0].get(), even)
+        points = [(0, float(self.n_used)), (slots, misses), (self.n_bundles, 0.0)][: 2 if slots == self.n_bundles else 3]
+        curve = MissCurve(np.array([n for n, _ in points]), np.array([m for _, m in points]))
+        # all that decoding waits for, by the bytes that it misses: what hides behind computing is left out on both sides
+        rate = self.bundle_bytes * misses / measured.stall_s.get() if measured.stall_s.get() > 0 and misses > 0 else 1e15
+        n = len([mean for mean in measured.accepted if mean.value is not None]) if drafts and verifies else 0
+        base_s, base = measured.compute_s[0].get(), max(measured.misses[0].get(), 1e-9)
+        compute = [mean.get(base_s * (1 + GUESSED_SLOPE * i)) for i, mean in enumerate(measured.compute_s[: n + 1])]
+        growth = [mean.get(base * (1 + i)) / base if base > 1e-6 else 1.0 for i, mean in enumerate(measured.misses[: n + 1])]
+        known = [mean.get() for mean in measured.known] if drafts else []
+        recall, precision = measured.recall.get(GUESSED_LOOKAHEAD.recall), measured.precision.get(GUESSED_LOOKAHEAD.precision)
+        slice_bytes = self.bundle_bytes // PARTS
+        return State(
+            caches=(Cache("model", self.bundle_bytes, curve, min(self.floor, slots)),),
+            budget_bytes=slots * self.bundle_bytes + slice_bytes + 1,
+            reads=Reads({(max(1, slice_bytes), 1): rate}),
+            decode_s=tuple(compute),
+            growth=(1.0, *growth[1:]),
+            accepted=tuple(min(1.0, mean.get()) for mean in measured.accepted[:n]),
+            draft_s=measured.draft_s.get() if drafts else None,
+            sensed=(0.0, *np.minimum(1.0, np.cumsum([a * b for a, b in zip(SAVED_BY_KNOWN, known, strict=False)])).tolist()),
+            lookahead=(Lookahead(0.0, 1.0), Lookahead(min(1.0, recall), min(1.0, precision))),
+            in_flight=(1,),
+        )
+
+
+def kept(before: Choice | None, plan: Plan, state: State) -> Choice:
+    """The plan's choice, or the one before it if that is nearly as good."""
+    costs = Costs(state)
+    for i in range(len(costs)) if before is not None else ():
+        if costs.choice(i) == before:
+            same = costs.plan(state, i, plan.slots, plan.fast_slots, "")
+            return before if same.seconds_per_token <= plan.seconds_per_token * (1 + BETTER) else plan.choice
+    return plan.choice
+
+
+class LiveBalancer:
+    """Plans for one context of a paged model. `decoded`, `drafted` and `choice` are its context's; the thread is its own.
+
+    Args:
+        solve: what plans; injected in tests.
+
+    Attributes:
+        choice: of the last plan; None before the first one.
+        plans: how many there were; `late`: of these, how many came too late to be used.
+        cpu_s: that the thread has used.
+        verifies: whether drafted tokens may be verified.
+    """
+
+    def __init__(self, model: Model, solve: Callable[[State], Plan] = greedy) -> None:
+        self.choice: Choice | None = None
+        self.plans, self.late, self.cpu_s = 0, 0, 0.0
+        self.verifies = True
+        self.measured = Measured()
+        self._model, self._solve = model, solve
+        self._drafts = False
+        self._marks: tuple[tuple[float, ...], float] | None = None  # that the last plan was asked with
+        self._steps = 0  # since then
+        self._wake = threading.Condition()
+        self._asked: State | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def drafted(self, chances: Sequence[float], known: Sequence[float], seconds: float) -> None:
+        """See `Measured.drafted`."""
+        self._drafts = True
+        self.measured.drafted(chances, known, seconds)
+
+    def decoded(self, decode: Decode) -> None:
+        """A decode is done; a plan is asked for if it is time."""
+        self.measured.add(decode)
+        self._steps += 1
+        if self._steps >= (FIRST_PLAN if self._marks is None else LEAST_STEPS) and (
+            self._marks is None or self.measured.changed(*self._marks)
+        ):
+            self.ask()
+
+    def ask(self) -> None:
+        """Have a new plan made of what is measured now."""
+        if self.measured.compute_s[0].value is None:
+            return
+        self._marks, self._steps = (self.measured.marks(), self.measured.accepted[0].get()), 0
+        with self._wake:
+            self._asked = self._model.state(self.measured, self._drafts, self.verifies)
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="spac-balancer", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def close(self) -> None:
+        """End the thread and wait for it."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # Linux: of this thread alone
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closed or self._asked is not None)
+                state, self._asked = self._asked, None
+                if self._closed or state is None:
+                    return
+            try:
+                self._plan(state)
+            except Exception as e:  # whatever it is, decoding goes on
+                _log.warning("the balancer ends, the last plan stays: %s", e)
+                return
+            self.cpu_s = time.thread_time()
+
+    def _plan(self, state: State) -> None:
+        begin = time.monotonic()
+        plan = self._solve(state)
+        self.plans += 1
+        if not 0 <= time.monotonic() - begin <= DEADLINE_S:
+            self.late += 1
+            _log.debug("balancer: a plan took longer than %.1f s, the last one stays", DEADLINE_S)
+            return
+        choice = kept(self.choice, plan, state)
+        if choice != self.choice:
+            _log.debug("balancer: %s, %.1f ms a token expected", choice, plan.seconds_per_token * 1e3)
+        self.choice = choice

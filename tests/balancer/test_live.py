@@ -1,0 +1,206 @@
+"""The balancer beside decoding: when it plans, what it makes of what is measured, and that decoding never hangs on it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from spac.balancer import live
+from spac.balancer.heuristics import greedy
+from spac.balancer.live import Decode, LiveBalancer, Measured, Model
+from spac.balancer.state import Plan, State
+from spac.errors import BudgetError
+
+MIB = 1 << 20
+MODEL = Model(n_used=40, n_bundles=320, floor=8, bundle_bytes=12 * MIB)
+WAITING = Decode(0, 0.200, 0.170, 14, 170 * MIB, 0, 0, 80 * 12 * MIB)
+
+
+@pytest.fixture
+def balancer() -> Iterator[LiveBalancer]:
+    made = LiveBalancer(MODEL)
+    yield made
+    made.close()
+
+
+def planned(balancer: LiveBalancer, n: int) -> None:
+    """Wait until there were n plans."""
+    until(lambda: balancer.plans >= n)
+
+
+def until(reached: Callable[[], bool]) -> None:
+    """Wait for what the other thread does."""
+    for _ in range(4000):
+        if reached():
+            return
+        threading.Event().wait(0.005)
+    raise AssertionError("it never came")
+
+
+def feed(balancer: LiveBalancer, decode: Decode, n: int, chance: float = 0.5, draft_s: float = 0.002) -> None:
+    for _ in range(n):
+        balancer.drafted([chance**i for i in range(1, 5)], [min(1.0, 1.5 * chance) ** i for i in range(1, 5)], 4 * draft_s)
+        balancer.decoded(decode)
+
+
+def test_it_plans_once_and_not_again_while_nothing_changes(balancer: LiveBalancer) -> None:
+    feed(balancer, WAITING, live.FIRST_PLAN)
+    planned(balancer, 1)
+    feed(balancer, WAITING, 50)
+    feed(balancer, replace(WAITING, seconds=0.21, stall_s=0.18, misses=15), 50)  # as tokens differ
+    planned(balancer, 1)
+    assert balancer.plans == 1
+    assert balancer.choice is not None
+    assert balancer.choice.drafted > 0
+    assert balancer.cpu_s < 5
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        replace(WAITING, seconds=1.7, stall_s=1.67),  # a disk that is ten times slower
+        replace(WAITING, budget_bytes=53 * 12 * MIB),  # a third less memory
+        replace(WAITING, misses=28, stall_s=0.34, seconds=0.37),  # another kind of text
+        replace(WAITING, seconds=0.031, stall_s=0.001, misses=0),  # all is there
+    ],
+)
+def test_a_change_is_planned_for_within_ten_steps(balancer: LiveBalancer, after: Decode) -> None:
+    feed(balancer, WAITING, 40)
+    planned(balancer, 1)
+    feed(balancer, after, 10)
+    planned(balancer, 2)
+
+
+def test_a_draft_that_is_wrong_now_is_a_change(balancer: LiveBalancer) -> None:
+    feed(balancer, WAITING, 40, chance=0.8)
+    planned(balancer, 1)
+    feed(balancer, WAITING, 10, chance=0.1)
+    planned(balancer, 2)
+
+
+def test_what_is_decided_hangs_on_what_is_measured(balancer: LiveBalancer) -> None:
+    """Drafting pays where it costs less than the reads that it saves; verifying, where computing is what takes time."""
+    feed(balancer, WAITING, live.FIRST_PLAN)
+    planned(balancer, 1)
+    assert balancer.choice is not None
+    assert (balancer.choice.verified, balancer.choice.drafted > 0) == (0, True)
+    feed(balancer, WAITING, 10, draft_s=0.050)  # a draft that is slow now
+    planned(balancer, 2)
+    assert balancer.choice.drafted == 0
+    computing = replace(WAITING, seconds=0.100, stall_s=0.0, misses=0, budget_bytes=320 * 12 * MIB)
+    feed(balancer, computing, 30, chance=0.9, draft_s=0.001)
+    planned(balancer, 3)
+    assert balancer.choice.verified > 0
+
+
+def test_a_draft_whose_tokens_may_not_be_verified_only_senses(balancer: LiveBalancer) -> None:
+    balancer.verifies = False
+    feed(balancer, replace(WAITING, seconds=0.1, stall_s=0.03), live.FIRST_PLAN, chance=0.95)
+    planned(balancer, 1)
+    assert balancer.choice is not None
+    assert balancer.choice.verified == 0
+
+
+def test_without_a_draft_nothing_is_drafted(balancer: LiveBalancer) -> None:
+    for _ in range(live.FIRST_PLAN):
+        balancer.decoded(WAITING)
+    planned(balancer, 1)
+    assert balancer.choice is not None
+    assert balancer.choice.drafted == 0
+
+
+def test_nothing_is_read_ahead_where_the_disk_has_no_idle_time(balancer: LiveBalancer) -> None:
+    ahead = replace(WAITING, seconds=0.2, stall_s=0.19, ahead_bytes=60 * MIB, wasted_bytes=24 * MIB)
+    for _ in range(live.FIRST_PLAN):
+        balancer.decoded(ahead)
+    planned(balancer, 1)
+    assert balancer.choice is not None
+    assert balancer.choice.depth == 0
+    for _ in range(40):
+        balancer.decoded(replace(ahead, stall_s=0.05))
+    balancer.ask()
+    until(lambda: balancer.choice is not None and balancer.choice.depth == 1)
+
+
+def test_what_was_not_measured_is_guessed() -> None:
+    measured = Measured()
+    measured.add(WAITING)
+    measured.drafted([0.5, 0.25], [0.7, 0.4], 0.01)
+    state = MODEL.state(measured, drafts=True, verifies=True)
+    assert state.decode_s == pytest.approx((0.03, 0.03 * 1.25, 0.03 * 1.5))
+    assert state.growth == pytest.approx((1, 2, 3))
+    measured.add(replace(WAITING, verified=1, seconds=0.3, stall_s=0.264, misses=21))
+    state = MODEL.state(measured, drafts=True, verifies=True)
+    assert state.decode_s == pytest.approx((0.03, 0.036, 0.03 * 1.5))
+    assert state.growth == pytest.approx((1, 1.5, 3))
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5 * 12 * MIB, 320 * 12 * MIB, 1 << 50])
+@pytest.mark.parametrize(("stall_s", "misses"), [(0.0, 0), (0.0, 40), (0.2, 0), (0.2, 40), (0.2, 200)])
+def test_any_measurement_is_a_state_that_can_be_planned(budget: int, stall_s: float, misses: int) -> None:
+    measured = Measured()
+    measured.add(replace(WAITING, stall_s=stall_s, misses=misses, budget_bytes=budget))
+    measured.drafted([1.0, 1.0], [1.0, 1.0], 0.0)
+    plan = greedy(MODEL.state(measured, drafts=True, verifies=True))
+    assert plan.seconds_per_token >= 0
+
+
+def test_nearly_as_good_a_choice_stays() -> None:
+    measured = Measured()
+    measured.add(WAITING)
+    measured.drafted([0.5, 0.25, 0.1, 0.05], [0.7, 0.4, 0.2, 0.1], 0.002)
+    state = MODEL.state(measured, drafts=True, verifies=True)
+    plan = greedy(state)
+    assert plan.choice.drafted >= 3
+    fewer = replace(plan.choice, drafted=plan.choice.drafted - 1)
+    assert live.kept(fewer, plan, state) == fewer
+    assert live.kept(replace(plan.choice, verified=2, drafted=2), plan, state) == plan.choice
+    assert live.kept(replace(plan.choice, drafted=9), plan, state) == plan.choice  # no longer to be chosen
+
+
+@pytest.mark.parametrize("jump", [1e6, -50.0])
+def test_decoding_does_not_wait_for_a_plan_and_a_late_one_is_not_used(monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    """The clock jumps while it plans: forward, or back."""
+    planning, go, clock = threading.Event(), threading.Event(), [100.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
+
+    def solve(state: State) -> Plan:
+        planning.set()
+        assert go.wait(20)
+        return greedy(state)
+
+    balancer = LiveBalancer(MODEL, solve)
+    feed(balancer, WAITING, 40)  # goes on while it plans
+    assert balancer.choice is None
+    assert planning.wait(20)
+    clock[0] += jump
+    go.set()
+    until(lambda: balancer.late == 1)
+    balancer.close()
+    assert (balancer.late, balancer.choice) == (1, None)
+
+
+def test_a_planner_that_fails_is_said_once_and_the_last_plan_stays(caplog: pytest.LogCaptureFixture) -> None:
+    plans = [greedy]
+
+    def solve(state: State) -> Plan:
+        if not plans:
+            raise BudgetError("no plan is possible")
+        return plans.pop()(state)
+
+    balancer = LiveBalancer(MODEL, solve)
+    feed(balancer, WAITING, live.FIRST_PLAN)
+    planned(balancer, 1)
+    choice = balancer.choice
+    with caplog.at_level(logging.WARNING):
+        for factor in (3, 9, 27):
+            feed(balancer, replace(WAITING, seconds=0.2 * factor, stall_s=0.17 * factor), 20)
+        until(lambda: bool(caplog.records))
+        balancer.close()
+    assert choice is not None
+    assert balancer.choice == choice
+    assert [record.message for record in caplog.records] == ["the balancer ends, the last plan stays: no plan is possible"]
