@@ -270,12 +270,12 @@ class LiveBalancer:
     def _plan(self, state: State) -> None:
         begin = time.monotonic()
         plan = self._solve(state)
-        self.plans += 1
-        if not 0 <= time.monotonic() - begin <= DEADLINE_S:
+        if 0 <= time.monotonic() - begin <= DEADLINE_S:
+            choice = kept(self.choice, plan, state)
+            if choice != self.choice:
+                _log.debug("balancer: %s, %.1f ms a token expected", choice, plan.seconds_per_token * 1e3)
+            self.choice = choice
+        else:
             self.late += 1
             _log.debug("balancer: a plan took longer than %.1f s, the last one stays", DEADLINE_S)
-            return
-        choice = kept(self.choice, plan, state)
-        if choice != self.choice:
-            _log.debug("balancer: %s, %.1f ms a token expected", choice, plan.seconds_per_token * 1e3)
-        self.choice = choice
+        self.plans += 1
