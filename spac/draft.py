@@ -55,9 +55,11 @@ class Draft(LlamaDraftModel, abc.ABC):
 
     Attributes:
         num_pred_tokens: how many tokens `llama_cpp.Llama` gets at a time.
+        held_bytes: of memory that `close()` gives back to the target's experts; 0: none worth speaking of.
     """
 
     num_pred_tokens = 10
+    held_bytes = 0
 
     @abc.abstractmethod
     def propose(self, tokens: Sequence[int], n: int) -> Proposal:
@@ -99,6 +101,9 @@ class ModelDraft(Draft):
         self.llama = llama
         self._sequence: list[int] = []  # what is in the context
         self._spac = getattr(llama, "spac", None)  # llama_cpp.Llama has none
+        plan = self._spac.plan if self._spac is not None else None
+        if plan is not None:
+            self.held_bytes = plan.sizes.dense_bytes + plan.sizes.context_bytes + plan.sizes.compute_bytes
 
     def propose(self, tokens: Sequence[int], n: int) -> Proposal:
         """As `Draft.propose`; fewer at the end of its context.

@@ -23,9 +23,11 @@ from spac.balancer.live import Decode, LiveBalancer, Model
 from spac.estimator import TokenEstimator, load, save
 from spac.estimator.foresight import foresight
 from spac.estimator.tokens import Floats
+from spac.miss_curve import misses
 
 if TYPE_CHECKING:
     from spac.draft import Proposal
+    from spac.gguf_check import ModelFacts
 
 _log = logging.getLogger(__name__)
 
@@ -86,15 +88,14 @@ class Foresight:
     """
 
     @classmethod
-    def of_model(cls, model_id: int, n_used: int, signals: Sequence[str], memory_bytes: int) -> Foresight | None:
+    def of_model(cls, model_id: int, facts: ModelFacts, signals: Sequence[str], memory_bytes: int) -> Foresight | None:
         """For a paged model; None if its experts cannot be foreseen.
 
         Args:
-            n_used: experts of a layer that compute a token.
             memory_bytes: about what the estimator may hold.
         """
         layers = [layer.layer for layer in control.model_stats_by_layer(model_id)]
-        info = control.model_info(model_id)
+        info, n_used = control.model_info(model_id), facts.n_experts_used
         # several sets of experts in a layer: their events could not be told apart
         if len(set(layers)) < len(layers) or info.n_bundles != len(layers) * info.n_experts or not 0 < n_used <= info.n_experts:
             return None
@@ -102,7 +103,11 @@ class Foresight:
         estimator = TokenEstimator(len(layers), info.n_experts, n_used, memory_bytes=max(memory_bytes, least))
         bundle_bytes = info.expert_page_bytes // info.n_bundles
         floor = min(info.n_bundles, -(-info.floor_bytes // bundle_bytes))
-        balancer = LiveBalancer(Model(n_used * len(layers), info.n_bundles, floor, bundle_bytes))
+
+        def misses_at(share: float) -> float:
+            return misses(share, facts.architecture, info.n_experts, n_used).median
+
+        balancer = LiveBalancer(Model(n_used * len(layers), info.n_bundles, floor, bundle_bytes, misses_at))
         return cls(model_id, layers, estimator, signals, balancer)
 
     def __init__(

@@ -153,7 +153,7 @@ def _stream(
     ):
         try:
             for token in tokens:
-                result.draft = speculation.stats if speculation.draft is not None else None
+                result.draft = speculation.stats if speculation.draft is not None or speculation.stats.given_back_bytes else None
                 if upstream.llama_vocab_is_eog(llama._model.vocab, token):
                     result.finish = "stop"
                     break

@@ -377,7 +377,7 @@ class Llama(llama_cpp.Llama):
 
         facts = self.spac.facts
         memory_bytes = min(MEMORY_BYTES, limit_bytes // ESTIMATOR_DIVISOR)
-        foresight = Foresight.of_model(self.spac.model_id, facts.n_experts_used, self._signals, memory_bytes)
+        foresight = Foresight.of_model(self.spac.model_id, facts, self._signals, memory_bytes)
         if foresight is None:
             return
         context: Any = self._ctx

@@ -7,6 +7,7 @@ same positions in the same order, so every kind of sampling keeps its distributi
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from spac.draft import Acceptance, Draft, ModelDraft, Proposal, check_vocabulary
 from spac.draft_length import DraftLength, FixedLength, Length
 from spac.errors import OptionError
 from spac.llama import Llama
+from spac.memory import format_bytes
+
+_log = logging.getLogger(__name__)
 
 MOST_VERIFIED: Final = 64
 MOST_SENSED: Final = 8
@@ -29,11 +33,13 @@ class DraftStats:
         proposed: drafted tokens that were verified; those only looked at do not count.
         accepted: those of them that were right.
         verifications: decodes with drafted tokens in them.
+        given_back_bytes: of a draft that was closed, since experts make more of its memory; then nothing is drafted any more.
     """
 
     proposed: int = 0
     accepted: int = 0
     verifications: int = 0
+    given_back_bytes: int = 0
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -92,6 +98,9 @@ class Speculation:
             )
         if isinstance(self.draft, ModelDraft):
             check_vocabulary(llama, self.draft.llama)
+        balancer = llama.spac.balancer()
+        if balancer is not None and self._horizon == "auto" and (isinstance(self._length, DraftLength) or self._verifies_nothing):
+            balancer.draft_bytes = self.draft.held_bytes
         self._target = llama
 
     @property
@@ -110,7 +119,7 @@ class Speculation:
         Raises:
             ExpertReadError, ModelChangedError, Cancelled, DecodeError: as `spac.Llama.eval`.
         """
-        self.stats = DraftStats()
+        self.stats = DraftStats(given_back_bytes=self.stats.given_back_bytes)
         self.acceptance.begin()
         sequence = list(prompt)
         end = llama.n_ctx()  # length of the sequence after which nothing is evaluated
@@ -139,6 +148,7 @@ class Speculation:
 
     def _propose(self, llama: Llama, sequence: list[int], room: int) -> list[int]:
         """Drafted tokens to verify, at most as many as there is room for."""
+        self._give_back(llama)
         sensed = llama.spac.horizon(not self._verifies_nothing) if self._horizon == "auto" else self._horizon
         most = self._most_verified(llama)
         asked = min(max(sensed, min(self._length.wanted, most)), room) if self.draft is not None else 0
@@ -152,6 +162,15 @@ class Speculation:
         llama.spac.propose(proposal, chances, draft_s)
         n = self._length.choose(chances, asked, draft_s) if self.draft is not None else 0
         return proposal.tokens[: min(n, most, llama.n_batch - 1)] if self._can_verify else []
+
+    def _give_back(self, llama: Llama) -> None:
+        """Close a draft whose memory is worth more to experts; they get it with the next decode."""
+        balancer = llama.spac.balancer()
+        if self.draft is not None and balancer is not None and balancer.gives_back:
+            draft, self.draft = self.draft, None
+            self.stats.given_back_bytes = draft.held_bytes
+            _log.info("the draft is closed: its %s are worth more to this model's experts", format_bytes(draft.held_bytes))
+            draft.close()
 
     def _most_verified(self, llama: Llama) -> int:
         """A number that was asked for is kept to; else none where the last plan says that none pays."""
@@ -179,8 +198,9 @@ class Speculation:
 
     def cancel(self) -> None:
         """Stop a draft that is being made: the loop raises `Cancelled`. From any thread."""
-        if self.draft is not None:
-            self.draft.cancel()
+        draft = self.draft  # the loop may give it back meanwhile
+        if draft is not None:
+            draft.cancel()
 
     def forget_cancel(self) -> None:
         """Undo a `cancel()` that came when nothing was running."""

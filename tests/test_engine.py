@@ -20,6 +20,7 @@ from spac.engine import HORIZON, Foresight, SignalStats, _candidates
 from spac.estimator import TokenEstimator
 from spac.estimator.foresight import STEP_DISCOUNT, TAIL, foresight
 from spac.generate import Sampling, generate, tokenize
+from spac.memory import MIB, resident_bytes
 from spac.speculative import Speculation
 
 LIMIT = "300M"
@@ -198,6 +199,31 @@ def test_where_verifying_does_not_pay_nothing_is_drafted_for_it(model_path: Path
     engine.balancer.choice = Choice(verified=verified, drafted=verified)
     assert Speculation(draft)._most_verified(llama) == wanted
     assert Speculation(draft, 3)._most_verified(llama) == 64  # asked for
+    llama.close()
+
+
+def test_a_draft_that_is_given_back_leaves_its_memory_to_experts(model_path: Path, dense_path: Path) -> None:
+    """The answer goes on as if nothing had happened."""
+    limit = resident_bytes() + 80 * MIB
+    draft = ModelDraft(DraftLlama(dense_path, memory=limit, n_ctx=8192, verbose=False))
+    llama = spac.Llama(model_path, memory=limit, paging="on", n_ctx=1024, n_ubatch=64, verbose=False)
+    speculation = Speculation(draft, 0)
+    assert draft.held_bytes > 0
+    speculation.check(llama)
+    balancer = llama.spac.balancer()
+    assert balancer is not None
+    assert balancer.draft_bytes == draft.held_bytes
+    balancer.draft_bytes = 0  # or it would be given back already
+    expected = answers(llama, speculation, n_prompts=1)
+    before = llama.spac.stats()
+    assert before is not None
+    balancer.gives_back = True
+    assert answers(llama, speculation, n_prompts=1) == expected
+    after = llama.spac.stats()
+    assert speculation.draft is None
+    assert speculation.stats.given_back_bytes == draft.held_bytes
+    assert after is not None
+    assert after.granted_bytes > before.granted_bytes
     llama.close()
 
 

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -31,6 +31,8 @@ WEIGHT: Final = 0.2  # of a new value in a running mean
 CHANGED: Final = 1.4  # a mean that has changed by this factor asks for a new plan
 CHANGED_CHANCE: Final = 0.15  # a chance, by this much
 LEAST_STEPS: Final = 4  # decodes between two plans
+MOST_STEPS: Final = 64
+GIVE_BACK_PLANS: Final = 2  # in a row that must find a draft not worth its memory
 BETTER: Final = 0.02  # what a new choice must save, relative
 DEADLINE_S: Final = 1.0
 NICE: Final = 19
@@ -143,12 +145,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class Model:
-    """What does not change: bundles used by a token, all bundles, the least in memory; bytes of one."""
+    """What does not change.
+
+    Attributes:
+        n_used: bundles that a token uses, in all layers; `n_bundles`: that there are; `floor`: that must be in memory.
+        bundle_bytes: of one.
+        misses_at: misses for each use that are expected with so large a share of the bundles in memory.
+    """
 
     n_used: int
     n_bundles: int
     floor: int
     bundle_bytes: int
+    misses_at: Callable[[float], float]
 
     def state(self, measured: Measured, drafts: bool, verifies: bool) -> State:
         """What the balancer is told. `drafts`: there is a draft; `verifies`: its tokens may be verified."""
@@ -179,6 +188,15 @@ class Model:
             in_flight=(1,),
         )
 
+    def without_draft(self, state: State, freed_bytes: int) -> State:
+        """The same if the draft were gone and experts had its memory. The curve tells only how misses change from where they are."""
+        cache = state.caches[0]
+        share = (state.budget_bytes // self.bundle_bytes) / self.n_bundles
+        more = min(1.0, share + freed_bytes / (self.n_bundles * self.bundle_bytes))
+        curve = cache.curve.scaled(min(1.0, self.misses_at(more) / self.misses_at(share)))
+        alone = replace(state, decode_s=state.decode_s[:1], growth=(1.0,), accepted=(), draft_s=None, sensed=(0.0,))
+        return replace(alone, caches=(replace(cache, curve=curve),))
+
 
 def kept(before: Choice | None, plan: Plan, state: State) -> Choice:
     """The plan's choice, or the one before it if that is nearly as good."""
@@ -201,12 +219,17 @@ class LiveBalancer:
         plans: how many there were; `late`: of these, how many came too late to be used.
         cpu_s: that the thread has used.
         verifies: whether drafted tokens may be verified.
+        draft_bytes: of memory that would be free without the draft; 0: it cannot go.
+        gives_back: experts would make more of the draft's memory than it saves: it should be closed.
     """
 
     def __init__(self, model: Model, solve: Callable[[State], Plan] = greedy) -> None:
         self.choice: Choice | None = None
         self.plans, self.late, self.cpu_s = 0, 0, 0.0
         self.verifies = True
+        self.draft_bytes = 0
+        self.gives_back = False
+        self._not_worth = 0  # plans in a row
         self.measured = Measured()
         self._model, self._solve = model, solve
         self._drafts = False
@@ -227,7 +250,7 @@ class LiveBalancer:
         self.measured.add(decode)
         self._steps += 1
         if self._steps >= (FIRST_PLAN if self._marks is None else LEAST_STEPS) and (
-            self._marks is None or self.measured.changed(*self._marks)
+            self._marks is None or self._steps >= MOST_STEPS or self.measured.changed(*self._marks)
         ):
             self.ask()
 
@@ -275,7 +298,15 @@ class LiveBalancer:
             if choice != self.choice:
                 _log.debug("balancer: %s, %.1f ms a token expected", choice, plan.seconds_per_token * 1e3)
             self.choice = choice
+            self._weigh_draft(plan, state)
         else:
             self.late += 1
             _log.debug("balancer: a plan took longer than %.1f s, the last one stays", DEADLINE_S)
         self.plans += 1
+
+    def _weigh_draft(self, plan: Plan, state: State) -> None:
+        if self.draft_bytes and state.draft_s is not None:
+            without = self._solve(self._model.without_draft(state, self.draft_bytes))
+            better = without.seconds_per_token < plan.seconds_per_token * (1 - BETTER)
+            self._not_worth = self._not_worth + 1 if better else 0
+            self.gives_back = self._not_worth >= GIVE_BACK_PLANS

@@ -168,6 +168,7 @@ def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any
             "accepted": drafted.accepted,
             "acceptance_rate": drafted.acceptance_rate,
             "mean_accepted_tokens": drafted.mean_accepted_tokens,
+            "given_back_bytes": drafted.given_back_bytes,
         }
     return {
         "text": generation.text,

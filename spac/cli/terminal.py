@@ -96,6 +96,8 @@ class Interrupts:
 
 def draft_line(stats: DraftStats) -> str:
     """What became of drafted tokens."""
+    if stats.given_back_bytes:
+        return f"draft    closed: its {format_bytes(stats.given_back_bytes)} are worth more to experts"
     if not stats.verifications:
         return "draft    verified nothing"
     return (

@@ -21,7 +21,7 @@ Cli = Callable[..., Result]
 
 PROMPT = "The open() system call"
 GREEDY = ("-p", PROMPT, "--temp", "0", "-n", "24", "--ctx", "512", "--threads", "1")
-DRAFT_KEYS = {"proposed", "accepted", "acceptance_rate", "mean_accepted_tokens"}
+DRAFT_KEYS = {"proposed", "accepted", "acceptance_rate", "mean_accepted_tokens", "given_back_bytes"}
 
 
 def run(cli: Cli, *arguments: object) -> dict[str, Any]:
