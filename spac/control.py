@@ -29,7 +29,7 @@ from spac.errors import (
 )
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent
 
-ABI_VERSION: Final = 4
+ABI_VERSION: Final = 5
 EVENT_MAX_EXPERTS: Final = 32
 IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
@@ -225,9 +225,22 @@ class Products(ctypes.Structure):
     )
 
 
+# typedef struct spac_probe { uint64_t struct_size, page_bytes, direct_align; int32_t direct_error, moves, populates, reserved; } spac_probe;
+class Probe(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("page_bytes", ctypes.c_uint64),
+        ("direct_align", ctypes.c_uint64),
+        ("direct_error", ctypes.c_int32),
+        ("moves", ctypes.c_int32),
+        ("populates", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
 # in the order of SPAC_STRUCT_*
 STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (
-    Options, Info, Stats, Event, Error, Memory, Bundle, Simulation, Routing, Reads, Products,
+    Options, Info, Stats, Event, Error, Memory, Bundle, Simulation, Routing, Reads, Products, Probe,
 )  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -399,6 +412,11 @@ def spac_memory_measure(path: bytes, model_params: Any, context_params: Any, mem
 
 
 # -- what the device gives --
+
+
+# int spac_stores_probe(const char * path, spac_probe * probe);
+@_function("spac_stores_probe", [ctypes.c_char_p, ctypes.POINTER(Probe)], ctypes.c_int)
+def spac_stores_probe(path: bytes, probe: Any, /) -> int: ...
 
 
 # int spac_reads_measure(spac_reads * test);
@@ -588,6 +606,17 @@ def memory_measure(path: str, model_params: ctypes.Structure, context_params: ct
     """What the model and a context would take by upstream's own account; nothing is allocated but the vocabulary."""
     raw = _sized(Memory)
     check(spac_memory_measure(path.encode(), ctypes.byref(model_params), ctypes.byref(context_params), ctypes.byref(raw)))
+    return raw
+
+
+def stores_probe(path: str) -> Probe:
+    """What of the kernel's means the stores find for this file, which must not be empty: see spac_probe in spac.h.
+
+    Raises:
+        ModelFileError: it cannot be read.
+    """
+    raw = _sized(Probe)
+    check(spac_stores_probe(os.fsencode(path), ctypes.byref(raw)))
     return raw
 
 

@@ -156,6 +156,13 @@ def _reclaimable(folder: Path) -> int:
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
+def page_bytes() -> int:
+    """The unit of expert budgets, as libspac has it: the kernel's page, or the larger one that SPAC_PAGE_BYTES pretends (store.h)."""
+    text = os.environ.get("SPAC_PAGE_BYTES", "")
+    wanted = int(text) if text.isascii() and text.isdigit() else 0
+    return wanted if wanted > _PAGE and wanted & (wanted - 1) == 0 else _PAGE
+
+
 def resident_bytes() -> int:
     """Resident memory of this process now, mapped files included."""
     try:
