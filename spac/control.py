@@ -225,7 +225,8 @@ class Products(ctypes.Structure):
     )
 
 
-# typedef struct spac_probe { uint64_t struct_size, page_bytes, direct_align; int32_t direct_error, moves, populates, reserved; } spac_probe;
+# typedef struct spac_probe { uint64_t struct_size, page_bytes, direct_align;
+#                             int32_t direct_error, moves, populates, reserved; } spac_probe;
 class Probe(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint64),
@@ -269,7 +270,10 @@ _lib = _load_library()
 
 def _function(name: str, argtypes: list[Any], restype: Any) -> Callable[[_F], _F]:
     def decorator(stub: _F) -> _F:
-        function = getattr(_lib, name)
+        try:
+            function = getattr(_lib, name)
+        except AttributeError:
+            raise LibraryError(f"libspac.so has no {name}(): it is older than this spac, build it again") from None
         function.argtypes = argtypes
         function.restype = restype
         functools.update_wrapper(function, stub)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import spac
 from spac import cache
+from spac.cores import allowed_cores
 from spac.errors import ModelFileError, OptionError, SpacError
 from spac.gguf_reader import TENSOR_TYPES
 from spac.memory import KIB, MIB, format_bytes
@@ -304,8 +305,7 @@ def readable(path: Path, n_bytes: int) -> Iterator[Path]:
 
 def identity(path: Path) -> dict[str, Any]:
     """Processor, cores, disk and build, as `Device` has them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"cpu": _cpu(), "cores": cores, "disk": _disk(path), "build": _build()}
+    return {"cpu": _cpu(), "cores": allowed_cores(), "disk": _disk(path), "build": _build()}
 
 
 def _cpu() -> str:

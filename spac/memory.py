@@ -108,12 +108,14 @@ def total_bytes() -> int:
 def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self/cgroup")) -> list[CgroupMemory]:
     """All memory limits above this process, of cgroup v1 or v2; unlimited ones are left out."""
     try:
-        lines = proc.read_text().splitlines()
+        lines = proc.read_text(errors="replace").splitlines()
     except OSError:
         return []
     found: list[CgroupMemory] = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (line.split(":", 2) + [""] * 3)[:3]
+        if not path:
+            continue
         if controllers == "":  # v2
             for mount in (root, root / "unified"):
                 found += _limits_up(mount, path, "memory.max", "memory.current")
@@ -145,10 +147,11 @@ def _number(path: Path) -> int | None:
 
 def _reclaimable(folder: Path) -> int:
     try:
-        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines() if line.count(" ") == 1)
-    except OSError:
+        text = (folder / "memory.stat").read_text()
+    except (OSError, ValueError):
         return 0
-    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+    fields: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE))
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))
 
 
 # -- what this process takes --

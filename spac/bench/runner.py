@@ -21,6 +21,7 @@ from spac.bench.contender import Command, Contender, Task
 from spac.bench.profile import Profile
 from spac.bench.prompt import Prompt
 from spac.bench.suite import Row
+from spac.cores import allowed_cores
 from spac.errors import SpacError
 from spac.limits import LimitedRun, Limits, RunInterrupted
 
@@ -272,7 +273,7 @@ def note(text: str) -> None:
 
 def default_threads() -> int:
     """Compute threads for all contenders: the processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return allowed_cores()
 
 
 def short_names(paths: Sequence[Path]) -> dict[str, str]:
