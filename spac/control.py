@@ -27,7 +27,7 @@ from spac.errors import (
     OptionError,
     SpacError,
 )
-from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent
+from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent, StoresProbe
 
 ABI_VERSION: Final = 5
 EVENT_MAX_EXPERTS: Final = 32
@@ -613,15 +613,15 @@ def memory_measure(path: str, model_params: ctypes.Structure, context_params: ct
     return raw
 
 
-def stores_probe(path: str) -> Probe:
-    """What of the kernel's means the stores find for this file, which must not be empty: see spac_probe in spac.h.
+def stores_probe(path: str) -> StoresProbe:
+    """What of the kernel's means the stores find for this file, which must not be empty.
 
     Raises:
         ModelFileError: it cannot be read.
     """
     raw = _sized(Probe)
     check(spac_stores_probe(os.fsencode(path), ctypes.byref(raw)))
-    return raw
+    return StoresProbe(raw.page_bytes, raw.direct_align, raw.direct_error, bool(raw.moves), bool(raw.populates))
 
 
 def reads_measure(
