@@ -68,8 +68,14 @@ def show(findings: list[Finding]) -> None:
     for topic, group in itertools.groupby(findings, key=lambda finding: finding.topic):
         console.print(topic, style="bold", markup=False)
         for finding in group:
-            console.print(Text.assemble("  ", (f"{finding.level:<9}", colour[finding.level]), f"{finding.name:<{width}}  {finding.text}"))
+            text = f"{finding.name:<{width}}  {printable(finding.text)}"
+            console.print(Text.assemble("  ", (f"{finding.level:<9}", colour[finding.level]), text))
             if finding.advice:
-                console.print(Text(f"{'':{width + 13}}→ {finding.advice}"))
+                console.print(Text(f"{'':{width + 13}}→ {printable(finding.advice)}"))
     counts = {level: sum(finding.level == level for finding in findings) for level in Level}
     console.print(f"{counts[Level.warning]} warnings, {counts[Level.note]} notes", markup=False)
+
+
+def printable(text: str) -> str:
+    """Names of devices come from the devices."""
+    return "".join(c if c.isprintable() else "?" for c in text)

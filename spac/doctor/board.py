@@ -17,8 +17,8 @@ WARM_C, HOT_C = 70, 80  # a Raspberry Pi's firmware slows down from 80 °C (Pi 3
 
 # what quantised products are fast with, as /proc/cpuinfo has it: name, and what it is called there
 _FEATURES: Final = {
-    "dotprod": "asimddp", "fp16": "asimdhp", "i8mm": "i8mm", "sve": "sve", "avx2": "avx2", "f16c": "f16c", "avx512": "avx512f",
-    "avx512-vnni": "avx512_vnni", "avx-vnni": "avx_vnni",
+    "neon": "asimd", "dotprod": "asimddp", "fp16": "asimdhp", "i8mm": "i8mm", "sve": "sve", "avx2": "avx2", "f16c": "f16c",
+    "avx512": "avx512f", "avx512-vnni": "avx512_vnni", "avx-vnni": "avx_vnni",
 }  # fmt: skip
 
 

@@ -247,32 +247,37 @@ def _usb(name: str, disk: Disk, system: System, facts: dict[str, object]) -> Fin
     if speed is not None and speed < 5000:
         return Finding("storage", "disk", Level.warning, text, "plug it into a USB 3 (blue) port, with a USB 3 cable", facts)
     if driver == "usb-storage":
-        advice = "the adapter works without UASP, one read at a time: one that has it is faster (or see usb-storage.quirks= in /proc/cmdline)"
+        advice = "the adapter works without UASP, one read at a time: one that has it is faster (see usb-storage.quirks= in /proc/cmdline)"
         return Finding("storage", "disk", Level.note, text, advice, facts)
     return Finding("storage", "disk", Level.ok, text, "", facts)
 
 
 def check_swap(system: System) -> Iterator[Finding]:
     """Where swap lies: proc_swaps(5)."""
-    areas = [line.split() for line in system.text("/proc/swaps").splitlines()[1:]]
-    areas = [fields for fields in areas if len(fields) >= 4]
+    lines = [line.split() for line in system.text("/proc/swaps").splitlines()[1:]]
+    areas = [(unescape(f[0]), f[1], (whole(f[2]) or 0) * KIB, (whole(f[3]) or 0) * KIB) for f in lines if len(f) >= 4]
     if not areas:
         yield Finding("memory", "swap", Level.ok, "none")
-    for fields in areas:
-        name, size, used = unescape(fields[0]), (whole(fields[2]) or 0) * KIB, (whole(fields[3]) or 0) * KIB
-        text = f"{name}, {format_bytes(size)}, {format_bytes(used)} used"
-        facts = {"path": name, "bytes": size, "used_bytes": used}
+    compressed = [area for area in areas if area[0].startswith("/dev/zram")]
+    if compressed:
+        size, used = sum(area[2] for area in compressed), sum(area[3] for area in compressed)
+        advice = "weights do not compress, so it holds little of a model: leave --memory below what is available"
+        yield Finding("memory", "zram", Level.note, _amount("compressed memory", size, used), advice, {"bytes": size, "used_bytes": used})
+    for name, kind, size, used in areas:
         if name.startswith("/dev/zram"):
-            advice = "weights do not compress, so it holds little of a model: leave --memory below what is available"
-            yield Finding("memory", "zram", Level.note, f"{text}: compressed memory", advice, facts)
             continue
-        disk = disk_of_device(name, system) if fields[1] == "partition" else disk_of(name, system)
-        facts["disk"] = disk.kind if disk else None
+        disk = disk_of_device(name, system) if kind == "partition" else disk_of(name, system)
+        facts = {"path": name, "bytes": size, "used_bytes": used, "disk": disk.kind if disk else None}
         if disk is not None and disk.kind in ("SD card", "eMMC"):
             advice = (
                 "a board that swaps to it stalls for seconds, and wears it: `sudo systemctl disable --now dphys-swapfile` (Debian 12),"
                 " Mechanism=zram in /etc/rpi/swap.conf (Debian 13), or `sudo swapoff -a` and the line in /etc/fstab"
             )
-            yield Finding("memory", "swap", Level.warning, f"{text}: on an {disk.kind}", advice, facts)
+            yield Finding("memory", "swap", Level.warning, _amount(f"{name} on an {disk.kind}", size, used), advice, facts)
         else:
-            yield Finding("memory", "swap", Level.ok, text + (f": {disk.kind} {disk.name}" if disk else ""), "", facts)
+            where = f"{name} on {disk.name} ({disk.kind})" if disk else name
+            yield Finding("memory", "swap", Level.ok, _amount(where, size, used), "", facts)
+
+
+def _amount(what: str, size: int, used: int) -> str:
+    return f"{what}, {format_bytes(size)}, {format_bytes(used)} used"
