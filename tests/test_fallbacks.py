@@ -86,7 +86,7 @@ def test_what_is_no_larger_page_is_ignored(monkeypatch: pytest.MonkeyPatch, text
     assert memory.page_bytes() == max(os.sysconf("SC_PAGE_SIZE"), 4096 if text == "4096" else 0)
 
 
-def test_a_refused_prefix_is_really_refused() -> None:
+def test_what_is_refused_is_really_refused() -> None:
     """The tests above would prove nothing if the filter let calls through."""
     code = "import os; os.open('/proc/self/exe', os.O_RDONLY); os.open('/proc/self/exe', os.O_RDONLY | os.O_DIRECT)"
     result = subprocess.run([sys.executable, refusing.__file__, "O_DIRECT", sys.executable, "-c", code], capture_output=True, text=True, check=False)

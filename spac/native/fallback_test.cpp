@@ -144,6 +144,7 @@ TEST_CASE("without MADV_POPULATE_READ the mmap store touches each page") {
         Window window(8 * page_size(), 0);
         REQUIRE(store->map(file, window.pages, window.n_bytes, 0) == 0);
         store->drop(file, window.pages, window.n_bytes, 0);
+        REQUIRE(populate_pages(window.pages, window.n_bytes) == EINVAL);
         CHECK(store->read(file, window.data + page_size() / 2, 5 * page_size(), page_size() / 2).os_error == 0);
         CHECK(bytes_in_memory(window) >= 6 * page_size());
         CHECK(std::memcmp(window.data, temp.bytes.data(), temp.bytes.size()) == 0);

@@ -88,6 +88,7 @@ class TestStore : public Store {
     int id() const override { return inner_->id(); }
     int open(ModelFile & file) const override { return inner_->open(file); }
     int map(const ModelFile & file, void * address, size_t length, uint64_t offset) const override {
+        check_whole_pages(address, length);
         return inner_->map(file, address, length, offset);
     }
     ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
@@ -106,9 +107,12 @@ class TestStore : public Store {
         return inner_->read(file, address, length, offset);
     }
     void drop(const ModelFile & file, void * address, size_t length, uint64_t offset) const override {
+        check_whole_pages(address, length);
         inner_->drop(file, address, length, offset);
     }
     size_t move(void * from, void * to, size_t length) const override {
+        check_whole_pages(from, length);
+        check_whole_pages(to, length);
         const size_t moved = moves ? inner_->move(from, to, length) : 0;
         moved_bytes += moved;
         return moved;
@@ -120,6 +124,13 @@ class TestStore : public Store {
     }
 
   private:
+    // A kernel refuses others; one with smaller pages than page_size() would let them pass.
+    static void check_whole_pages(const void * address, size_t length) {
+        if ((uintptr_t) address % page_size() != 0 || length % page_size() != 0) {
+            FAIL_CHECK("not whole pages: " << (uintptr_t) address << ", " << length << " bytes");
+        }
+    }
+
     std::unique_ptr<Store> inner_;
     mutable std::mutex     mutex_;
     std::vector<uint64_t>  offsets_;
