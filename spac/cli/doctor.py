@@ -49,6 +49,8 @@ def place_of(path: Path) -> Place:
     try:
         if path.is_dir():
             return Place(str(path.resolve()))
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+            raise ValueError("neither a file nor a folder")
         with path.open("rb"):
             return Place(str(path.resolve()), path)
     except (OSError, ValueError, RuntimeError) as e:

@@ -9,7 +9,7 @@ from pathlib import Path
 import spac
 from spac.doctor import board, kernel, model_file, process, storage
 from spac.doctor.finding import Finding, Level
-from spac.errors import SpacError
+from spac.errors import LibraryError, SpacError
 from spac.stats import StoresProbe
 from spac.system import System
 
@@ -57,5 +57,7 @@ def _probe(model: Path | None) -> tuple[StoresProbe | None, str]:
         from spac import control
 
         return control.stores_probe(str(model or spac.library_folder / "libspac.so")), ""
-    except SpacError as e:
+    except LibraryError as e:
         return None, str(e)
+    except SpacError:  # the model's own findings say what is wrong with it
+        return None, ""

@@ -302,6 +302,11 @@ def test_names_of_devices_do_not_steer_the_terminal(tree: Tree, capsys: pytest.C
     assert "\x1b" not in out
 
 
+def test_a_pipe_is_no_model(cli: Cli, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file nor a folder" in cli("doctor", tmp_path / "pipe").line
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 100])
 def test_a_damaged_model_is_a_finding(cli: Cli, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.gguf"
@@ -311,6 +316,7 @@ def test_a_damaged_model_is_a_finding(cli: Cli, tmp_path: Path, content: bytes) 
     (headers,) = [f for f in json.loads(result.out)["findings"] if f["name"] == "headers"]
     assert headers["level"] == "warning"
     assert "m.gguf" in headers["text"]
+    assert "libspac" not in result.out
 
 
 def test_an_unfinished_model(tmp_path: Path) -> None:
