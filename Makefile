@@ -96,7 +96,7 @@ clean: ## remove what was built; .venv and vendor/ stay
 # ---- the steps of a build -------------------------------------------------------------------------------------------
 
 system-packages:
-	@scripts/system-packages
+	@PYTHON="$(PYTHON)" scripts/system-packages
 
 .venv/.created: | system-packages
 	$(PYTHON) -m venv .venv

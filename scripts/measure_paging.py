@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import mmap
 import os
 import random
 import re
@@ -361,7 +362,7 @@ def models(runs: list[dict[str, Any]], folder: Path) -> list[str]:
 
 def page_bytes(bundle_bytes: int) -> int:
     """Of a bundle in whole pages: three slices that share pages with their neighbours."""
-    return bundle_bytes + 3 * 4096
+    return bundle_bytes + 3 * mmap.PAGESIZE
 
 
 def bounds(runs: list[dict[str, Any]]) -> list[str]:

@@ -27,7 +27,7 @@ from spac.errors import (
     OptionError,
     SpacError,
 )
-from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent
+from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent, StoresProbe
 
 ABI_VERSION: Final = 5
 EVENT_MAX_EXPERTS: Final = 32
@@ -236,9 +236,23 @@ class Gauge(ctypes.Structure):
     )
 
 
+# typedef struct spac_probe { uint64_t struct_size, page_bytes, direct_align;
+#                             int32_t direct_error, moves, populates, reserved; } spac_probe;
+class Probe(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("page_bytes", ctypes.c_uint64),
+        ("direct_align", ctypes.c_uint64),
+        ("direct_error", ctypes.c_int32),
+        ("moves", ctypes.c_int32),
+        ("populates", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
 # in the order of SPAC_STRUCT_*
 STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (
-    Options, Info, Stats, Event, Error, Memory, Bundle, Simulation, Routing, Reads, Products, Gauge,
+    Options, Info, Stats, Event, Error, Memory, Bundle, Simulation, Routing, Reads, Products, Gauge, Probe,
 )  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -267,7 +281,10 @@ _lib = _load_library()
 
 def _function(name: str, argtypes: list[Any], restype: Any) -> Callable[[_F], _F]:
     def decorator(stub: _F) -> _F:
-        function = getattr(_lib, name)
+        try:
+            function = getattr(_lib, name)
+        except AttributeError:
+            raise LibraryError(f"libspac.so has no {name}(): it is older than this spac, build it again") from None
         function.argtypes = argtypes
         function.restype = restype
         functools.update_wrapper(function, stub)
@@ -415,6 +432,11 @@ def spac_memory_measure(path: bytes, model_params: Any, context_params: Any, mem
 
 
 # -- what the device gives --
+
+
+# int spac_stores_probe(const char * path, spac_probe * probe);
+@_function("spac_stores_probe", [ctypes.c_char_p, ctypes.POINTER(Probe)], ctypes.c_int)
+def spac_stores_probe(path: bytes, probe: Any, /) -> int: ...
 
 
 # int spac_reads_measure(spac_reads * test);
@@ -615,6 +637,17 @@ def memory_measure(path: str, model_params: ctypes.Structure, context_params: ct
     raw = _sized(Memory)
     check(spac_memory_measure(path.encode(), ctypes.byref(model_params), ctypes.byref(context_params), ctypes.byref(raw)))
     return raw
+
+
+def stores_probe(path: str) -> StoresProbe:
+    """What of the kernel's means the stores find for this file, which must not be empty.
+
+    Raises:
+        ModelFileError: it cannot be read.
+    """
+    raw = _sized(Probe)
+    check(spac_stores_probe(os.fsencode(path), ctypes.byref(raw)))
+    return StoresProbe(raw.page_bytes, raw.direct_align, raw.direct_error, bool(raw.moves), bool(raw.populates))
 
 
 def reads_measure(

@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import random
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,9 +24,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import spac
 from spac import cache
+from spac.cores import allowed_cores
 from spac.errors import ModelFileError, OptionError, SpacError
 from spac.gguf_reader import TENSOR_TYPES
 from spac.memory import KIB, MIB, format_bytes
+from spac.system import System, cpu_model, mount_of
 
 if TYPE_CHECKING:
     from spac.trace.timing import Reads
@@ -304,29 +305,18 @@ def readable(path: Path, n_bytes: int) -> Iterator[Path]:
 
 def identity(path: Path) -> dict[str, Any]:
     """Processor, cores, disk and build, as `Device` has them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"cpu": _cpu(), "cores": cores, "disk": _disk(path), "build": _build()}
+    return {"cpu": _cpu(), "cores": allowed_cores(), "disk": _disk(path), "build": _build()}
 
 
 def _cpu() -> str:
-    for file, pattern in (("/proc/device-tree/model", r"^([^\0]+)"), ("/proc/cpuinfo", r"^model name\s*:\s*(.*)$")):
-        with contextlib.suppress(OSError):
-            if match := re.search(pattern, Path(file).read_text(errors="replace"), re.MULTILINE):
-                return match[1].strip()
-    return platform.processor() or platform.machine()
+    """The board where a device tree names one, else the processor."""
+    here = System()
+    return here.text("/proc/device-tree/model").split("\0")[0] or cpu_model(here) or platform.processor() or platform.machine()
 
 
 def _disk(path: Path) -> str:
-    """File system and block device: proc_pid_mountinfo(5)."""
-    resolved, found = str(path.resolve()), ("", "unknown file system")
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            before, _, after = line.partition(" - ")
-            point = before.split()[4].replace("\\040", " ")
-            kind, source = after.split()[:2]
-            if len(point) >= len(found[0]) and (resolved == point or resolved.startswith(point.rstrip("/") + "/")):
-                found = (point, f"{kind} on {source}")
-    return found[1]
+    mount = mount_of(str(path.resolve()), System())
+    return f"{mount.kind} on {mount.source}" if mount else "unknown file system"
 
 
 def _build() -> str:

@@ -15,6 +15,7 @@ from typing import Final
 
 from spac.errors import ModelFileError
 from spac.gguf_reader import GgufFile, Scalar, Tensor, read_gguf
+from spac.memory import page_bytes
 
 # what is paged; llama.cpp is given the same pattern. Without the `\.weight$` it would catch biases and scales.
 EXPERT_PATTERN: Final = r"\.ffn_(gate|up|down|gate_up)_(ch)?exps\.weight$"
@@ -27,7 +28,7 @@ MAX_LAYERS: Final = 512
 MAX_EXPERTS: Final = 1024
 
 # Upstream's allocator of expert windows keeps the page offset of the file, so sizes in pages follow from file offsets.
-PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
+PAGE_BYTES: Final = page_bytes()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as upstream
 
 from spac import control, memory, seam
+from spac.cores import physical_cores
 from spac.errors import BudgetError, DecodeError, OptionError, SpacError
 from spac.gguf_check import ModelFacts, check_model
 from spac.governor import Governor
@@ -242,7 +243,7 @@ class Llama(llama_cpp.Llama):
             kwargs.pop("n_ubatch", None)
         if kwargs.get("n_ctx") == 0 and facts.n_ctx_train:
             kwargs["n_ctx"] = facts.n_ctx_train
-        cores = seam.physical_cores()
+        cores = physical_cores()
         kwargs["n_threads"] = kwargs.get("n_threads") or cores
         kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or kwargs["n_threads"]
         try:

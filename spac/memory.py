@@ -123,11 +123,13 @@ def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/
 def cgroup_folders(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
     """Of the memory control groups that this process is in, v1 or v2, those above them included."""
     try:
-        lines = proc.read_text().splitlines()
+        lines = proc.read_text(errors="replace").splitlines()
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (line.split(":", 2) + [""] * 3)[:3]
+        if not path:
+            continue
         mounts = [root, root / "unified"] if controllers == "" else [root / "memory"] if "memory" in controllers.split(",") else []
         for mount in mounts:
             folder = mount / path.lstrip("/")
@@ -158,15 +160,23 @@ def _number(path: Path) -> int | None:
 
 def _reclaimable(folder: Path) -> int:
     try:
-        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines() if line.count(" ") == 1)
-    except OSError:
+        text = (folder / "memory.stat").read_text()
+    except (OSError, ValueError):
         return 0
-    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+    fields: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE))
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))
 
 
 # -- what this process takes --
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+def page_bytes() -> int:
+    """The unit of expert budgets, as libspac has it: the kernel's page, or the larger one that SPAC_PAGE_BYTES pretends (store.h)."""
+    text = os.environ.get("SPAC_PAGE_BYTES", "")
+    wanted = int(text) if text.isascii() and text.isdigit() else 0
+    return wanted if wanted > _PAGE and wanted & (wanted - 1) == 0 else _PAGE
 
 
 def resident_bytes() -> int:

@@ -7,7 +7,6 @@ is active in a thread, those two names make ours there; other threads keep the s
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -250,11 +249,3 @@ def _single_sequence(batch: Any) -> tuple[int, list[int] | None]:
     if n > MAX_FORESEEN or not batch.token or any(batch.n_seq_id[i] != 1 or batch.seq_id[i][0] != 0 for i in range(n)):
         return 0, None
     return int(batch.pos[0]), list(batch.token[:n])
-
-
-def physical_cores() -> int:
-    """Cores that this process may run on, hyper-threads not counted."""
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))

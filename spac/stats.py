@@ -1,4 +1,4 @@
-"""What a paged model reports: plain, frozen values. Knows nothing of ctypes."""
+"""What a paged model, and the stores beneath it, report: plain, frozen values. Knows nothing of ctypes."""
 
 from __future__ import annotations
 
@@ -119,3 +119,22 @@ class RoutedLayer:
     ids: Any
     weights: Any
     expert_s: float
+
+
+@dataclass(frozen=True)
+class StoresProbe:
+    """What of the kernel's means the stores find here: spac_probe in spac.h.
+
+    Attributes:
+        page_bytes: the unit of budgets.
+        direct_align: of direct reads of the file that was asked about, bytes; 0 if they are refused.
+        direct_error: errno of that, or 0.
+        moves: evicted pages can change hands.
+        populates: a mapping can be read in at once.
+    """
+
+    page_bytes: int
+    direct_align: int
+    direct_error: int
+    moves: bool
+    populates: bool

@@ -30,7 +30,7 @@ def pressure_s(root: Path = Path("/")) -> dict[str, float]:
     found = {}
     for name in PRESSURES:
         try:
-            text = (root / "proc/pressure" / name).read_text()
+            text = (root / "proc/pressure" / name).read_text(errors="replace")
         except OSError:
             continue
         found.update({f"{name}_{kind}": int(total) / 1e6 for kind, total in re.findall(r"^(some|full) .*total=(\d+)", text, re.MULTILINE)})
@@ -147,6 +147,6 @@ def _number(path: Path) -> float | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
         return ""

@@ -5,12 +5,12 @@ A profile bounds what a control group can bound. It does not make a core slower,
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from spac.bench import data
+from spac.cores import allowed_cores
 from spac.errors import OptionError
 from spac.limits import Limits
 from spac.memory import parse_memory
@@ -45,7 +45,7 @@ class Profile:
 
         Where the machine has fewer cores than the device, their shares grow, so that the sum is the same as far as possible.
         """
-        here = len(os.sched_getaffinity(0))
+        here = allowed_cores()
         cores, share = self.cores, self.cpu_share
         if cores is not None and cores > here:
             share = None if share is None else min(1.0, share * cores / here)

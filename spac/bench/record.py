@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from spac.cores import allowed_cores
 from spac.errors import OptionError, SpacError
 from spac.estimator import fingerprint
 from spac.memory import MIB
@@ -42,7 +43,7 @@ def machine() -> dict[str, Any]:
         "cpu": _first(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo")) or platform.machine(),
         "board": _board(),
         "cores": os.cpu_count(),
-        "allowed_cores": len(os.sched_getaffinity(0)),
+        "allowed_cores": allowed_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "architecture": platform.machine(),

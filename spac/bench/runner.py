@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from spac.bench.contender import Command, Contender, Task
 from spac.bench.profile import Profile
 from spac.bench.prompt import Prompt
 from spac.bench.suite import Row
+from spac.cores import allowed_cores
 from spac.errors import SpacError
 from spac.limits import LimitedRun, Limits, RunInterrupted
 
@@ -249,7 +251,7 @@ def warnings(record: dict[str, Any]) -> list[str]:
     if (record.get("cached_before_bytes") or 0) > 0.01 * record["model"]["bytes"]:
         found.append(f"{record['cached_before_bytes']} bytes of the model were still cached at the start: not cold")
     peak, limit = record.get("peak_bytes"), record["limits"]["memory_bytes"]
-    if peak and limit and peak > limit * 1.001 + 4096 and "memory_bytes" not in record["not_enforced"]:
+    if peak and limit and peak > limit * 1.001 + mmap.PAGESIZE and "memory_bytes" not in record["not_enforced"]:
         found.append(f"the peak of {peak} bytes exceeds the limit")
     return found
 
@@ -271,7 +273,7 @@ def note(text: str) -> None:
 
 def default_threads() -> int:
     """Compute threads for all contenders: the processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return allowed_cores()
 
 
 def short_names(paths: Sequence[Path]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The command line: `spac run`, `chat`, `inspect`, `plan`, `tune`, `trace`, `simulate`, `bench`.
+"""The command line: `spac run`, `chat`, `inspect`, `plan`, `tune`, `doctor`, `trace`, `simulate`, `bench`.
 
 Exit codes: 0, 1 (one line on stderr says why), 2 (usage), 130 (interrupted). stdout carries the answer only.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 import spac
-from spac.cli import bench, chat, inspect, plan, run, simulate, trace, tune
+from spac.cli import bench, chat, doctor, inspect, plan, run, simulate, trace, tune
 from spac.errors import SpacError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("tune")(tune.tune)
+app.command("doctor")(doctor.doctor)
 app.command("trace")(trace.trace)
 app.command("simulate")(simulate.simulate)
 app.command("bench")(bench.bench)

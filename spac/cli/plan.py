@@ -79,10 +79,10 @@ def ask(
     limits = limits_of(profile, facts)
     given = parse_memory(memory) if memory is not None else limits.memory_bytes
     work = Work.of(facts, (tensor for path in paths for tensor in read_gguf(path).tensors))
-    from spac import seam
+    from spac.cores import physical_cores
     from spac.sizes import measure_default_sizes
 
-    threads = min(limits.cores or sys.maxsize, seam.physical_cores())
+    threads = min(limits.cores or sys.maxsize, physical_cores())
     n_ctx = ctx or facts.n_ctx_train or 4096
     base_bytes = resident_bytes() + GROWTH_BYTES  # as `spac run` has when it plans, and later
     measured = find_device(paths[0] if facts.path == paths[0] else None, work)
@@ -120,7 +120,8 @@ def find_device(model: str | None, work: Work) -> Device:
     Raises:
         SpacError: neither could be done.
     """
-    from spac import cache, device, seam
+    from spac import cache, device
+    from spac.cores import physical_cores
     from spac.forecast import CANDIDATES, block_of
 
     place = Path.cwd() if model is None else Path(model)
@@ -137,7 +138,7 @@ def find_device(model: str | None, work: Work) -> Device:
     candidates = [name for name in CANDIDATES if work.columns and work.columns % block_of(name) == 0]
     types = [*sorted(work.types), *candidates]
     read_bytes = max((layer.bundle_bytes // 3 for layer in work.layers), default=MIB)
-    probe = functools.partial(device.probe, types=types, read_bytes=read_bytes, n_threads=seam.physical_cores())
+    probe = functools.partial(device.probe, types=types, read_bytes=read_bytes, n_threads=physical_cores())
     try:
         return probe(place)
     except SpacError:

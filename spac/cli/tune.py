@@ -34,7 +34,8 @@ def tune(
     debug: opt.Debug = False,
 ) -> int:
     """Measure this machine's disk, processor and memory, in under a minute, and keep it."""
-    from spac import device, seam
+    from spac import device
+    from spac.cores import physical_cores
 
     kept = device.path_of(place)
     found = None
@@ -47,7 +48,7 @@ def tune(
         show_ = False
     if found is None or not show_:
         device.check_writable(kept)
-        found = device.measure(place, n_threads=seam.physical_cores(), progress=_progress())
+        found = device.measure(place, n_threads=physical_cores(), progress=_progress())
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
         device.save(found, kept)

@@ -53,6 +53,7 @@ size_t spac_struct_size(int which) {
         case SPAC_STRUCT_READS:   return sizeof(spac_reads);
         case SPAC_STRUCT_PRODUCTS: return sizeof(spac_products);
         case SPAC_STRUCT_GAUGE: return sizeof(spac_gauge);
+        case SPAC_STRUCT_PROBE:   return sizeof(spac_probe);
         default:                  return 0;
     }
 }

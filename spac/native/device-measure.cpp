@@ -145,6 +145,38 @@ int measure_reads(spac_reads & test, int store_id) {
 }
 
 //
+// what stores find
+//
+
+int probe_stores(const char * path, spac_probe & probe) {
+    const size_t page = spac::page_size();
+    probe.page_bytes  = page;
+
+    spac::ModelFile direct, mapped;
+    direct.path = mapped.path = path;
+    const auto direct_store = spac::make_store(SPAC_STORE_DIRECT), mmap_store = spac::make_store(SPAC_STORE_MMAP);
+    if (const int os_error = mmap_store->open(mapped); os_error != 0 || mapped.size == 0) {
+        return fail(SPAC_E_IO, spac::os_message(path, "cannot be read from", os_error != 0 ? os_error : ENODATA));
+    }
+    probe.direct_error = direct_store->open(direct);
+    probe.direct_align = probe.direct_error == 0 ? direct.align : 0;
+
+    // two pages of the pager's kind, and one that maps the file
+    void * pages = mmap(nullptr, 4 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pages == MAP_FAILED) {
+        return fail(SPAC_E_MEMORY, "no address space");
+    }
+    char * const first = (char *) (((uintptr_t) pages + page - 1) / page * page);
+    if (direct_store->map(direct, first, 2 * page, 0) == 0) {
+        std::memset(first, 1, page);
+        probe.moves = direct_store->move(first, first + page, page) == page;
+    }
+    probe.populates = mmap_store->map(mapped, first + 2 * page, page, 0) == 0 && spac::populate_pages(first + 2 * page, 1) == 0;
+    munmap(pages, 4 * page);
+    return SPAC_OK;
+}
+
+//
 // products
 //
 
@@ -311,6 +343,13 @@ double read_bandwidth(size_t n_bytes, int n_threads) {
 }
 
 }  // namespace
+
+int spac_stores_probe(const char * path, spac_probe * probe) {
+    if (!probe || probe->struct_size != sizeof(spac_probe) || !path) {
+        return fail(SPAC_E_ARGUMENT, "spac_stores_probe: no path, or struct_size does not match this libspac");
+    }
+    return guarded([&] { return probe_stores(path, *probe); });
+}
 
 int spac_reads_measure(spac_reads * test) {
     if (!test || test->struct_size != sizeof(spac_reads)) {

@@ -31,6 +31,22 @@ TEST_CASE("reads of whole blocks are timed with both stores, into huge and small
     }
 }
 
+TEST_CASE("stores are probed as they are, with a file that is there and holds something") {
+    TempFile   temp(1 << 16);
+    spac_probe probe{};
+    probe.struct_size = sizeof probe;
+    CHECK(spac_stores_probe(temp.path.c_str(), &probe) == SPAC_OK);
+    CHECK(probe.page_bytes == spac::page_size());
+    CHECK((probe.direct_align > 0) == (probe.direct_error == 0));
+    spac::ModelFile file;
+    file.path = temp.path;
+    CHECK(spac::make_store(SPAC_STORE_DIRECT)->open(file) == probe.direct_error);
+    CHECK(spac_stores_probe("/does/not/exist", &probe) == SPAC_E_IO);
+    CHECK(spac_stores_probe(TempFile(0).path.c_str(), &probe) == SPAC_E_IO);
+    CHECK(spac_stores_probe(nullptr, &probe) == SPAC_E_ARGUMENT);
+    CHECK(spac_stores_probe(temp.path.c_str(), nullptr) == SPAC_E_ARGUMENT);
+}
+
 TEST_CASE("reads that cannot be are refused") {
     TempFile temp(1 << 16);
     const std::vector<uint64_t> offsets = { 4096 }, lengths = { 1 << 16 };

@@ -35,9 +35,23 @@ struct uffdio_move {
 
 namespace spac {
 
-size_t page_size() {
+size_t kernel_page_size() {
     static const size_t size = (size_t) sysconf(_SC_PAGESIZE);
     return size;
+}
+
+size_t page_size() {
+    static const size_t size = [] {
+        const char * text   = std::getenv("SPAC_PAGE_BYTES");
+        char *       end    = nullptr;
+        const size_t wanted = text ? (size_t) std::strtoull(text, &end, 10) : 0;
+        return end && *end == 0 && wanted > kernel_page_size() && (wanted & (wanted - 1)) == 0 ? wanted : kernel_page_size();
+    }();
+    return size;
+}
+
+int populate_pages(void * address, size_t length) {
+    return madvise(address, length, MADV_POPULATE_READ) == 0 ? 0 : errno;
 }
 
 static uintptr_t align_down(uintptr_t value, size_t align) {
@@ -356,13 +370,14 @@ class MmapStore : public Store {
             return result;
         }
         posix_fadvise(file.fd, (off_t) offset, (off_t) length, POSIX_FADV_WILLNEED);
-        const uintptr_t first = align_down((uintptr_t) address, page_size()), last = align_up((uintptr_t) address + length, page_size());
-        if (madvise((void *) first, last - first, MADV_POPULATE_READ) != 0) {
-            if (errno != EINVAL) {
-                result.os_error = errno == EFAULT ? EIO : errno;
+        const uintptr_t first = align_down((uintptr_t) address, kernel_page_size());
+        const uintptr_t last  = align_up((uintptr_t) address + length, kernel_page_size());
+        if (const int error = populate_pages((void *) first, last - first); error != 0) {
+            if (error != EINVAL) {
+                result.os_error = error == EFAULT ? EIO : error;
                 return result;
             }
-            for (uintptr_t page = first; page < last; page += page_size()) {  // before Linux 5.14
+            for (uintptr_t page = first; page < last; page += kernel_page_size()) {  // before Linux 5.14
                 (void) *(volatile const char *) page;
             }
         }
@@ -436,7 +451,7 @@ std::unique_ptr<Store> open_store(int wish, const std::string & path, int & os_e
     ModelFile probe;
     probe.path = path;
     os_error = store->open(probe);
-    if (os_error == EINVAL && wish == SPAC_STORE_AUTO) {
+    if (os_error != 0 && wish == SPAC_STORE_AUTO) {  // refused, or what the other store will fail with, too
         return open_store(SPAC_STORE_BUFFERED, path, os_error);
     }
     return os_error == 0 ? std::move(store) : nullptr;

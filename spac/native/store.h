@@ -10,7 +10,13 @@
 
 namespace spac {
 
+// The unit of budgets and windows: the kernel's page, 4 to 64 KiB. Tests make it larger than that by the environment variable
+// SPAC_PAGE_BYTES, to see what a kernel with larger pages would; what is no larger power of two is ignored.
 size_t page_size();
+size_t kernel_page_size();
+
+// Reads a mapping's pages in at once; 0 or errno: EINVAL before Linux 5.14.
+int populate_pages(void * address, size_t length);
 
 // A model file that stays open while the model lives.
 struct ModelFile {

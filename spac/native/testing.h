@@ -47,15 +47,32 @@ struct Window {
 
     Window(size_t length, uint64_t offset) {
         const size_t page = page_size();
-        n_bytes    = (offset % page + length + page - 1) / page * page;
-        void * got = mmap(nullptr, n_bytes + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        REQUIRE(got != MAP_FAILED);
-        pages = (uint8_t *) got + page;
+        n_bytes   = (offset % page + length + page - 1) / page * page;
+        n_mapped_ = n_bytes + 3 * page;  // the kernel's pages may be smaller, and what it gives less aligned
+        mapped_   = mmap(nullptr, n_mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        REQUIRE(mapped_ != MAP_FAILED);
+        pages = (uint8_t *) (((uintptr_t) mapped_ + 2 * page - 1) / page * page);
         data  = pages + offset % page;
     }
     Window(const Window &) = delete;
-    ~Window() { munmap(pages - page_size(), n_bytes + 2 * page_size()); }
+    ~Window() { munmap(mapped_, n_mapped_); }
+
+  private:
+    void * mapped_;
+    size_t n_mapped_;
 };
+
+// In pages that hold anything.
+inline uint64_t bytes_in_memory(const Window & window) {
+    const size_t n = page_size() / kernel_page_size();
+    std::vector<unsigned char> pages(window.n_bytes / kernel_page_size());
+    REQUIRE(mincore(window.pages, window.n_bytes, pages.data()) == 0);
+    uint64_t bytes = 0;
+    for (auto page = pages.begin(); page != pages.end(); page += (ptrdiff_t) n) {
+        bytes += std::any_of(page, page + (ptrdiff_t) n, [](unsigned char flags) { return flags & 1; }) ? page_size() : 0;
+    }
+    return bytes;
+}
 
 // A real store, with what tests want to see and to decide.
 class TestStore : public Store {
@@ -71,6 +88,7 @@ class TestStore : public Store {
     int id() const override { return inner_->id(); }
     int open(ModelFile & file) const override { return inner_->open(file); }
     int map(const ModelFile & file, void * address, size_t length, uint64_t offset) const override {
+        check_whole_pages(address, length);
         return inner_->map(file, address, length, offset);
     }
     ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
@@ -89,9 +107,12 @@ class TestStore : public Store {
         return inner_->read(file, address, length, offset);
     }
     void drop(const ModelFile & file, void * address, size_t length, uint64_t offset) const override {
+        check_whole_pages(address, length);
         inner_->drop(file, address, length, offset);
     }
     size_t move(void * from, void * to, size_t length) const override {
+        check_whole_pages(from, length);
+        check_whole_pages(to, length);
         const size_t moved = moves ? inner_->move(from, to, length) : 0;
         moved_bytes += moved;
         return moved;
@@ -103,6 +124,13 @@ class TestStore : public Store {
     }
 
   private:
+    // A kernel refuses others; one with smaller pages than page_size() would let them pass.
+    static void check_whole_pages(const void * address, size_t length) {
+        if ((uintptr_t) address % page_size() != 0 || length % page_size() != 0) {
+            FAIL_CHECK("not whole pages: " << (uintptr_t) address << ", " << length << " bytes");
+        }
+    }
+
     std::unique_ptr<Store> inner_;
     mutable std::mutex     mutex_;
     std::vector<uint64_t>  offsets_;
@@ -304,12 +332,6 @@ inline void pass(Pager & pager, TestModel & m, spac_context * context, const Tok
             }
         }
     }
-}
-
-inline uint64_t bytes_in_memory(const Window & window) {
-    std::vector<unsigned char> pages(window.n_bytes / page_size());
-    REQUIRE(mincore(window.pages, window.n_bytes, pages.data()) == 0);
-    return (uint64_t) std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; }) * page_size();
 }
 
 // While nothing runs: is used_bytes what the present slices' pages come to, counted one by one, and what the kernel holds?

@@ -1,15 +1,11 @@
-#include "window.h"
+#include "testing.h"
 
-#include <doctest/doctest.h>
-
-#include <algorithm>
-#include <cstring>
+#include <cstdlib>
 #include <random>
 #include <set>
 
-#include <sys/mman.h>
-
 using namespace spac;
+using namespace spac::testing;
 
 // Never touched: only addresses count.
 static uint8_t * const somewhere = (uint8_t *) (uintptr_t) (1024 * 65536);
@@ -30,6 +26,11 @@ static std::set<uintptr_t> pages_of(const PagedTensor & tensor, int expert) {
         pages.insert(page);
     }
     return pages;
+}
+
+TEST_CASE("pages are the kernel's, or as large as a test wants them") {
+    const char * wanted = std::getenv("SPAC_PAGE_BYTES");
+    CHECK(page_size() == (wanted ? std::max(kernel_page_size(), (size_t) std::atol(wanted)) : kernel_page_size()));
 }
 
 TEST_CASE("a page on a boundary belongs to the slice whose neighbour is not present") {
@@ -110,18 +111,12 @@ TEST_CASE("whatever comes and goes, own pages add up to the pages that present s
 
 TEST_CASE("with huge pages, too, a slice's pages come and go with it") {
     const size_t slice_bytes = (5 << 20) + 1000, misplaced = 300, n_experts = 4;
-    const size_t n_bytes = (misplaced + n_experts * slice_bytes + page_size() - 1) / page_size() * page_size();
-    auto * window = (uint8_t *) mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    REQUIRE(window != MAP_FAILED);
-    madvise(window, n_bytes, MADV_NOHUGEPAGE);
+    Window window(n_experts * slice_bytes, misplaced);
+    REQUIRE(mprotect(window.pages, window.n_bytes, PROT_READ | PROT_WRITE) == 0);
+    madvise(window.pages, window.n_bytes, MADV_NOHUGEPAGE);
     PagedTensor tensor = tensor_of(n_experts, slice_bytes, 0);
-    tensor.data        = window + misplaced;
+    tensor.data        = window.data;
     tensor.use_huge_pages();
-    const auto in_memory = [&] {
-        std::vector<unsigned char> pages(n_bytes / page_size());
-        REQUIRE(mincore(window, n_bytes, pages.data()) == 0);
-        return (size_t) std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; }) * page_size();
-    };
     std::mt19937 random(1);
     size_t used = 0;
     for (int step = 0; step < 60; ++step) {
@@ -139,7 +134,6 @@ TEST_CASE("with huge pages, too, a slice's pages come and go with it") {
             std::memset(tensor.slice_data(e), 1, slice_bytes);
             used += length;
         }
-        CHECK(in_memory() == used);
+        CHECK(bytes_in_memory(window) == used);
     }
-    munmap(window, n_bytes);
 }

@@ -62,6 +62,7 @@ enum {
     SPAC_STRUCT_READS      = 9,
     SPAC_STRUCT_PRODUCTS   = 10,
     SPAC_STRUCT_GAUGE      = 11,
+    SPAC_STRUCT_PROBE      = 12,
 };
 
 typedef struct spac_context  spac_context;
@@ -239,6 +240,17 @@ typedef struct spac_products {
     double   repack_s;   // result: rearranging all weights, on one thread; 0: not repacked
 } spac_products;
 
+// What of the kernel's means the stores find here
+typedef struct spac_probe {
+    uint64_t struct_size;
+    uint64_t page_bytes;
+    uint64_t direct_align;  // of direct reads of the file, bytes; 0 if they are refused
+    int32_t  direct_error;  // errno of that, or 0
+    int32_t  moves;         // evicted pages can change hands (UFFDIO_MOVE)
+    int32_t  populates;     // a mapping can be read in at once (MADV_POPULATE_READ)
+    int32_t  reserved;      // 0
+} spac_probe;
+
 // -- library --
 SPAC_API int          spac_abi_version(void);
 SPAC_API size_t       spac_struct_size(int which);  // 0 for an unknown number
@@ -293,6 +305,7 @@ SPAC_API int spac_simulate(spac_simulation * simulation);  // needs no model and
 SPAC_API int spac_memory_measure(const char * path, const void * model_params, const void * context_params, spac_memory * memory);
 
 // -- what the device gives --
+SPAC_API int spac_stores_probe(const char * path, spac_probe * probe);  // path: a file that is not empty
 SPAC_API int spac_reads_measure(spac_reads * test);
 SPAC_API int spac_products_measure(spac_products * test);
 SPAC_API int spac_wakeup_measure(int n, double * seconds);  // from a notification to a sleeping thread's going on: median of n
