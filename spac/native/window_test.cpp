@@ -116,7 +116,9 @@ TEST_CASE("with huge pages, too, a slice's pages come and go with it") {
     madvise(window, n_bytes, MADV_NOHUGEPAGE);
     PagedTensor tensor = tensor_of(n_experts, slice_bytes, 0);
     tensor.data        = window + misplaced;
-    tensor.use_huge_pages();
+    const bool huge = tensor.use_huge_pages(n_experts) > 0;
+    CHECK(tensor.use_huge_pages(0) == 0);
+    CHECK(tensor.use_huge_pages(2) == (huge ? 2 : 0));  // no more mappings than are left
     const auto in_memory = [&] {
         std::vector<unsigned char> pages(n_bytes / page_size());
         REQUIRE(mincore(window, n_bytes, pages.data()) == 0);
