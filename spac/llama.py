@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
 ESTIMATOR_DIVISOR: Final = 64  # the part of `memory` that what the signals learn may take, at most
 PAGINGS: Final = ("auto", "on", "off")
+
+_log = logging.getLogger(__name__)
 
 _governor = Governor(
     set_budget=lambda n: void(control.check(control.spac_budget_set(n))),
@@ -315,9 +318,12 @@ class Llama(llama_cpp.Llama):
                 n_ctx=self.context_params.n_ctx,
                 automatic=self._automatic_limit,
             )
+            if facts.unknown_layout:
+                _log.warning("%s: loaded whole, its experts cannot be paged: %s", facts.path, facts.unknown_layout)
             return plan
         except BudgetError as e:
-            raise BudgetError(f"{facts.path}: {e}") from None
+            unpaged = f"; its experts cannot be paged: {facts.unknown_layout}" if facts.unknown_layout else ""
+            raise BudgetError(f"{facts.path}: {e}{unpaged}") from None
         finally:
             memory.trim_malloc()
 

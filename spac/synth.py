@@ -237,7 +237,8 @@ def _quantiser(type_name: str) -> Quantiser:
 def _quantiser_for(structure: Structure, name: str, recipe: str) -> Quantiser:
     """The type that upstream's quantiser would give a tensor."""
     shape = structure.tensors[name]
-    if len(shape) < 2 or not name.endswith(".weight") or any(part in name for part in ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")):
+    kept = len(shape) < 2 or not name.endswith(".weight") or name.endswith(("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight"))
+    if kept:
         return _quantiser("F32")
     quantiser = _quantiser(_wanted_type(structure, name, recipe))
     if shape[0] % quantiser.block:
@@ -281,7 +282,8 @@ def _vocabulary(n_vocab: int) -> tuple[list[str], list[str]]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     unprintable = [b for b in range(256) if b not in printable]
     characters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(unprintable))]
-    left, tokens, merges = list(characters), [*SPECIAL_TOKENS, *characters], []
+    left, tokens = list(characters), [*SPECIAL_TOKENS, *characters]
+    merges: list[str] = []
     at = 0
     while len(tokens) < n_vocab:
         merges.extend(f"{left[at]} {right}" for right in characters[: n_vocab - len(tokens)])
@@ -342,7 +344,7 @@ class Written:
 
 
 def synthesise(
-    like: str,
+    like: str | Structure,
     target: Path,
     *,
     recipe: str | None = None,
@@ -353,7 +355,7 @@ def synthesise(
     """Write a model with the structure of `like`.
 
     Args:
-        like: a key of STRUCTURES.
+        like: a key of STRUCTURES, or one of your own.
         target: the file to write.
         recipe: of RECIPES or a ggml type's name; None: what the model is usually run in.
         content: "full", "sparse" (routed experts are a hole) or "header" (all weights are).
@@ -363,9 +365,9 @@ def synthesise(
         OptionError: no such structure or type.
         ModelFileError: `target` cannot be written (a partial file is removed).
     """
-    if like not in STRUCTURES:
+    if isinstance(like, str) and like not in STRUCTURES:
         raise OptionError(f"{like!r}: no such structure; known are {', '.join(STRUCTURES)}")
-    structure = STRUCTURES[like]
+    structure = STRUCTURES[like] if isinstance(like, str) else like
     recipe = (recipe or structure.recipe).upper()
     if recipe not in RECIPES:
         _quantiser(recipe)  # a wrong name is said before anything is written
@@ -418,9 +420,10 @@ def _write_header(path: Path, structure: Structure, recipe: str, quantisers: dic
 
 
 def _add(writer: Any, key: str, value: Value) -> None:
-    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, str: gguf.GGUFValueType.STRING}
+    types = gguf.GGUFValueType
+    kinds = {bool: types.BOOL, int: types.UINT32, float: types.FLOAT32, str: types.STRING}
     if isinstance(value, list):
-        writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, kinds[type(value[0])])
+        writer.add_key_value(key, value, types.ARRAY, kinds[type(value[0])])
     else:
         writer.add_key_value(key, value, kinds[type(value)])
 
