@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import llama_cpp
 import llama_cpp.llama_cpp as upstream
 
-from spac import control, memory, seam
-from spac.errors import BudgetError, DecodeError, OptionError, SpacError
+from spac import control, log, memory, seam
+from spac.errors import BudgetError, DecodeError, ModelFileError, OptionError, SpacError
 from spac.gguf_check import ModelFacts, check_model
 from spac.governor import Governor
 from spac.plan import Paging, Plan, Sizes, fit
@@ -227,6 +227,7 @@ class Llama(llama_cpp.Llama):
         try:
             with seam.substitute(self._make_model, self._make_context):
                 super().__init__(path, flash_attn=bool(self._flash_attn), **kwargs)
+            self._check_adapter()
             self._settle()
         except BaseException:
             self.close()
@@ -334,6 +335,12 @@ class Llama(llama_cpp.Llama):
             context_params.n_seq_max = min(self.n_batch, upstream.llama_max_parallel_sequences())
             context_params.kv_unified = True
         return measure_sizes(path, self.spac.facts, params, context_params)
+
+    def _check_adapter(self) -> None:
+        """llama_cpp.Llama takes the null pointer of a LoRA adapter that did not load for one, and the first decode would crash."""
+        if self.lora_path and not self._lora_adapter:
+            self._lora_adapter = None  # nothing to free
+            raise ModelFileError(f"{self.lora_path}: llama.cpp cannot load this adapter: {log.last_error() or 'no reason given'}")
 
     def _settle(self) -> None:
         """All is loaded: give experts what is left."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import llama_cpp.llama_cpp as upstream
 from llama_cpp import _logger
 
-_ERROR_LEVEL = 3  # GGML_LOG_LEVEL_ERROR
+_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR in ggml/include/ggml.h; llama-cpp-python has an older one
 _last_error = ""
 _quiet = 0
 
