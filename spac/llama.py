@@ -340,7 +340,7 @@ class Llama(llama_cpp.Llama):
         """llama_cpp.Llama takes the null pointer of a LoRA adapter that did not load for one, and the first decode would crash."""
         if self.lora_path and not self._lora_adapter:
             self._lora_adapter = None  # nothing to free
-            raise ModelFileError(f"{self.lora_path}: llama.cpp cannot load this adapter: {log.last_error() or 'no reason given'}")
+            raise ModelFileError(f"{self.lora_path}: llama.cpp cannot load this adapter: {log.first_error() or 'no reason given'}")
 
     def _settle(self) -> None:
         """All is loaded: give experts what is left."""

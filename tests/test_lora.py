@@ -76,7 +76,7 @@ def test_bad_adapters(model_path: Path, tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.gguf"
     garbage.write_bytes(b"not an adapter")
     other = write_adapter(tmp_path / "other.gguf", "attn_q", architecture="llama")
-    for path, words in ((missing, "No such file"), (garbage, "failed to load lora adapter"), (other, "arch mismatch"), (model_path, "general.type")):
+    for path, words in ((missing, "No such file"), (garbage, "invalid magic"), (other, "arch mismatch"), (model_path, "general.type")):
         with pytest.raises(ModelFileError) as caught:
             evaluate(model_path, path, paging="on", memory="8G")
         text = str(caught.value)
