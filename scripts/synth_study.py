@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Runs synthetic models at true scale, each in a process of its own, and writes docs/benchmarks/synth.md.
 
-    make synth                                              # every model that the disk has room for
-    .venv/bin/python scripts/synth_study.py --like olmoe-1b-7b --content full
+    make synth
+    .venv/bin/python scripts/synth_study.py --like qwen3-30b-a3b --full-below 20G
 
 What is looked at: does it load, how long do header, sizes, loading and closing take, does the process stay below its limit, how many
-mappings does it make, are logits finite, do experts come and go. With --content full and memory for the whole model, logits of the
-paged run are compared bit for bit with those of an unpaged one. Tokens/s are not looked at: holes cost no reads.
+mappings does it make, are logits finite, do experts come and go. Logits of a model that is written in full, and fits into memory, are
+compared bit for bit with those of an unpaged run. Tokens/s are not looked at: holes cost no reads.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", nargs="*", choices=STRUCTURES, default=list(STRUCTURES))
-    parser.add_argument("--content", choices=("full", "sparse"), help="default: full where the disk has room for two of it, else sparse")
+    parser.add_argument("--full-below", default="5G", help="models below this size are written in full if the disk has room, larger ones sparse")
     parser.add_argument("--memory", help="limit of the process; default: by model")
     parser.add_argument("--folder", type=Path, help="where the models are written; default: a temporary folder in build/")
     parser.add_argument("--out", type=Path, help="the report; default: stdout")
@@ -162,13 +162,14 @@ def main() -> int:
         return 0
     place = options.folder or Path("build")
     place.mkdir(exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     try:
+        full_below = parse_memory(options.full_below) or 0
         with tempfile.TemporaryDirectory(dir=place, prefix="synth-") as folder:
             for like in options.like:
                 header = synthesise(like, Path(folder, "header.gguf"), content="header")
-                room = shutil.disk_usage(folder).free > 2 * header.file_bytes
-                rows.append(study(like, options.content or ("full" if room else "sparse"), Path(folder), options.memory))
+                full = header.file_bytes < min(full_below, shutil.disk_usage(folder).free // 2)
+                rows.append(study(like, "full" if full else "sparse", Path(folder), options.memory))
                 print(f"{like}: {', '.join(faults(rows[-1])) or 'fine'}", file=sys.stderr)
     except SpacError as error:
         print(f"synth_study: {error}", file=sys.stderr)
