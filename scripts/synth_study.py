@@ -30,7 +30,7 @@ from spac.synth import STRUCTURES, Content, synthesise
 N_CTX, N_PROMPT, N_DECODED = 512, 64, 12
 T = TypeVar("T")
 # what a small board would give each: less than the model, more than its dense weights
-MEMORY = {"granite-3.1-3b-a800m": "1G", "olmoe-1b-7b": "2G", "deepseek-v2-lite": "3G"}
+MEMORY = {"granite-3.1-3b-a800m": "1G", "olmoe-1b-7b": "1G", "deepseek-v2-lite": "3G"}
 OTHER_MEMORY = "4G"
 
 

@@ -100,8 +100,8 @@ def test_paged_at_true_scale(tmp_path: Path) -> None:
 
 
 def many_slices() -> Structure:
-    """94 layers of 128 experts, each of three slices above 2 MiB: as in a 235B model, with next to nothing around them."""
-    n_embd, n_ff = 256, 16384
+    """94 layers of 128 experts, each of three slices of 4.5 MiB: as in a 235B model, with next to nothing around them."""
+    n_embd, n_ff = 256, 32768
     block = {
         "attn_norm.weight": (n_embd,), "attn_q.weight": (n_embd, 64), "attn_k.weight": (n_embd, 64), "attn_v.weight": (n_embd, 64),
         "attn_output.weight": (64, n_embd), "attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,), "ffn_norm.weight": (n_embd,),
