@@ -13,7 +13,7 @@ CONFIGURE   := cmake -S . $(GENERATOR) --log-level=WARNING
 COMPILE     := cmake --build
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test sanitize wheel stock bench bench-quick lint clean system-packages vendor native
+.PHONY: help build demo test sanitize wheel stock bench bench-quick synth lint clean system-packages vendor native
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -74,6 +74,9 @@ bench: build stock .venv/.bench-installed build/demo/4g.gguf ## everything, hour
 	$(BENCH) build/demo/4g.gguf --suite latency --name latency --resume --prompts-per-run 5 $(BENCH_FLAGS)
 	@if $(PY) -c 'import mlperf_loadgen' 2>/dev/null; then set -x; \
 	$(BENCH) build/demo/4g.gguf --profile native --name loadgen --resume --loadgen --repeats 1 --prompts-per-run 5 --out $(BENCH_OUT); fi
+
+synth: build ## synthetic models with the structure of known ones, up to 35B, run paged; 20 minutes, 12 GB of disk
+	$(PY) scripts/synth_study.py --out docs/benchmarks/synth.md
 
 build/demo/spac-demo-1g.gguf: | build
 	@mkdir -p $(@D)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from spac.device import Device, bits
 from spac.errors import BudgetError
-from spac.gguf_check import PAGE_BYTES, ModelFacts, expert_layer_of
+from spac.gguf_check import PAGE_BYTES, ModelFacts, expert_layer_of, in_layers
 from spac.gguf_reader import Tensor
 from spac.memory import GIB, MIB
 from spac.miss_curve import Misses, misses
@@ -75,9 +75,11 @@ class Work:
         names = set()
         embedding: Tensor | None = None
         for tensor in tensors:
+            if not in_layers(tensor.name, facts.n_layers):
+                continue
             names.add(tensor.name)
             n_weights = math.prod(tensor.shape)
-            layer = expert_layer_of(tensor.name)
+            layer = expert_layer_of(tensor.name) if facts.expert_layers else None
             if layer is not None:
                 experts[layer][tensor.type_name] += n_weights // tensor.shape[2]
                 columns = math.gcd(columns, tensor.shape[0])

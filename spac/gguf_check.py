@@ -20,7 +20,9 @@ from spac.memory import page_bytes
 # what is paged; llama.cpp is given the same pattern. Without the `\.weight$` it would catch biases and scales.
 EXPERT_PATTERN: Final = r"\.ffn_(gate|up|down|gate_up)_(ch)?exps\.weight$"
 
+_PAGED = re.compile(EXPERT_PATTERN)
 _EXPERT = re.compile(r"^blk\.(\d+)" + EXPERT_PATTERN)
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
 SPLIT_NAME: Final = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 # upstream asserts these: src/llama-hparams.h
@@ -58,7 +60,7 @@ class ModelFacts:
         path: of the first file; `parts` are all of them.
         name: general.name, or the file's name.
         architecture: upstream's name, such as "qwen3moe".
-        n_layers: blocks, with or without experts.
+        n_layers: blocks, with or without experts, that a token goes through.
         n_experts: experts in a layer (0: a dense model); `n_experts_used` of them compute a token.
         n_ctx_train: context length of training, tokens; 0 if it is not said.
         dense_bytes: all tensors but the paged ones; `expert_bytes`: the paged ones.
@@ -66,8 +68,10 @@ class ModelFacts:
         vocabulary_bytes: headers of all files, which are mostly the vocabulary.
         work_bytes_per_token: what a matrix product's input takes once more, converted to the type that the weights are
             multiplied with (ggml_graph_plan's work buffer); the largest of all products, by token of a ubatch.
-        expert_layers: the layers that have experts, in order.
-        types: bytes by tensor type.
+        skipped_bytes: blocks that guess further tokens (MTP), which llama.cpp leaves in the file; not in the others.
+        expert_layers: the layers that have experts, in order; none if they cannot be paged.
+        unknown_layout: why they cannot be paged though the model says that it has some; "" otherwise.
+        types: bytes by tensor type, of the whole file.
     """
 
     path: str
@@ -84,7 +88,9 @@ class ModelFacts:
     largest_dense_bytes: int
     vocabulary_bytes: int
     work_bytes_per_token: int
+    skipped_bytes: int
     expert_layers: tuple[ExpertLayer, ...]
+    unknown_layout: str
     types: dict[str, int]
     has_chat_template: bool
 
@@ -103,6 +109,12 @@ def expert_layer_of(name: str) -> int | None:
     """The layer of a paged tensor; None: the tensor is not paged."""
     match = _EXPERT.search(name)
     return int(match[1]) if match is not None else None
+
+
+def in_layers(name: str, n_layers: int) -> bool:
+    """Whether a tensor belongs to the first n_layers blocks, or to no block."""
+    match = _BLOCK.match(name)
+    return match is None or int(match[1]) < n_layers
 
 
 def check_model(path: str | os.PathLike[str]) -> ModelFacts:
@@ -124,8 +136,12 @@ def check_model(path: str | os.PathLike[str]) -> ModelFacts:
 
 
 def _facts(first: GgufFile, files: list[GgufFile], architecture: str, tensors: list[Tensor]) -> ModelFacts:
-    experts = [tensor for tensor in tensors if _EXPERT.search(tensor.name)]
-    dense = [tensor.n_bytes for tensor in tensors if not _EXPERT.search(tensor.name)]
+    n_layers = _integer(first, f"{architecture}.block_count") - _integer(first, f"{architecture}.nextn_predict_layers")
+    loaded = [tensor for tensor in tensors if in_layers(tensor.name, n_layers)]
+    n_experts = _integer(first, f"{architecture}.expert_count")
+    unknown_layout = _unknown_layout(loaded, n_experts)
+    experts = [] if unknown_layout else [tensor for tensor in loaded if _EXPERT.search(tensor.name)]
+    dense = [tensor.n_bytes for tensor in loaded if unknown_layout or not _EXPERT.search(tensor.name)]
     types: dict[str, int] = defaultdict(int)
     for tensor in tensors:
         types[tensor.type_name] += tensor.n_bytes
@@ -134,8 +150,8 @@ def _facts(first: GgufFile, files: list[GgufFile], architecture: str, tensors: l
         parts=tuple(file.path for file in files),
         name=str(first.metadata.get("general.name") or Path(first.path).stem),
         architecture=architecture,
-        n_layers=_integer(first, f"{architecture}.block_count"),
-        n_experts=_integer(first, f"{architecture}.expert_count"),
+        n_layers=n_layers,
+        n_experts=n_experts,
         n_experts_used=_integer(first, f"{architecture}.expert_used_count"),
         n_ctx_train=_integer(first, f"{architecture}.context_length"),
         file_bytes=sum(file.file_bytes for file in files),
@@ -143,8 +159,10 @@ def _facts(first: GgufFile, files: list[GgufFile], architecture: str, tensors: l
         expert_bytes=sum(tensor.n_bytes for tensor in experts),
         largest_dense_bytes=max(dense, default=0),
         vocabulary_bytes=sum(file.header_bytes for file in files),
-        work_bytes_per_token=_work_bytes_per_token(tensors, _integer(first, f"{architecture}.expert_used_count")),
-        expert_layers=_expert_layers(first, experts),
+        work_bytes_per_token=_work_bytes_per_token(loaded, _integer(first, f"{architecture}.expert_used_count")),
+        skipped_bytes=sum(tensor.n_bytes for tensor in tensors) - sum(tensor.n_bytes for tensor in loaded),
+        expert_layers=_expert_layers(experts),
+        unknown_layout=unknown_layout,
         types=dict(sorted(types.items(), key=lambda item: -item[1])),
         has_chat_template="tokenizer.chat_template" in first.metadata,
     )
@@ -184,6 +202,9 @@ def _check_hyperparameters(file: GgufFile, architecture: str) -> None:
     n_layers = _integer(file, f"{architecture}.block_count")
     if not 0 < n_layers <= MAX_LAYERS:
         raise ModelFileError(f"{file.path}: {architecture}.block_count is {n_layers}, expected 1 to {MAX_LAYERS}")
+    n_guessing = _integer(file, f"{architecture}.nextn_predict_layers")
+    if n_guessing > n_layers:
+        raise ModelFileError(f"{file.path}: {architecture}.nextn_predict_layers is {n_guessing}, of {n_layers} blocks")
     n_experts = _integer(file, f"{architecture}.expert_count")
     n_used = _integer(file, f"{architecture}.expert_used_count")
     if n_experts > MAX_EXPERTS:
@@ -192,14 +213,30 @@ def _check_hyperparameters(file: GgufFile, architecture: str) -> None:
         raise ModelFileError(f"{file.path}: {architecture} uses {n_used} of {n_experts} experts, which cannot be")
 
 
-def _expert_layers(file: GgufFile, experts: list[Tensor]) -> tuple[ExpertLayer, ...]:
-    by_layer: dict[int, list[Tensor]] = defaultdict(list)
+def _unknown_layout(tensors: list[Tensor], n_experts: int) -> str:
+    """Why experts cannot be paged, in words; "" if they can, or if there are none."""
+    experts = [tensor for tensor in tensors if _PAGED.search(tensor.name)]
+    if not experts:
+        return f"it says {n_experts} experts, and has no tensor such as blk.0.ffn_up_exps.weight" if n_experts else ""
+    counts: dict[tuple[str, bool], int] = {}
     for tensor in experts:
         match = _EXPERT.search(tensor.name)
-        assert match is not None
+        if match is None:
+            return f"{tensor.name} is in no block"
         if len(tensor.shape) != 3:
-            raise ModelFileError(f"{file.path}: expert tensor {tensor.name!r} has shape {list(tensor.shape)}, expected 3 dimensions")
-        by_layer[int(match[1])].append(tensor)
+            return f"{tensor.name} has shape {list(tensor.shape)}, expected 3 dimensions"
+        group = (match[1], "chexps" in tensor.name)
+        if counts.setdefault(group, tensor.shape[2]) != tensor.shape[2]:
+            return f"{tensor.name} has {tensor.shape[2]} experts, others of its block have {counts[group]}"
+    return ""
+
+
+def _expert_layers(experts: list[Tensor]) -> tuple[ExpertLayer, ...]:
+    by_layer: dict[int, list[Tensor]] = defaultdict(list)
+    for tensor in experts:
+        layer = expert_layer_of(tensor.name)
+        assert layer is not None
+        by_layer[layer].append(tensor)
     return tuple(_expert_layer(layer, by_layer[layer]) for layer in sorted(by_layer))
 
 

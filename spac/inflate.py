@@ -75,7 +75,7 @@ def inflate(
         OptionError: a factor that is no power of two, an unknown type, a type whose blocks do not fit the model's rows.
         ModelFileError: `source` cannot be read, has no such tensors, or `target` cannot be written (a partial file is removed).
     """
-    quantiser = _Quantiser(expert_type)
+    quantiser = Quantiser(expert_type)
     reader = _open(source)
     experts = [t for t in reader.tensors if _EXPERTS.fullmatch(t.name)]
     if not experts:
@@ -100,20 +100,26 @@ def inflate(
         for written, path in zip(partial, paths, strict=True):
             written.replace(path)
     except OSError as error:
-        raise ModelFileError(f"{target}: cannot be written: {_reason(error)}; {format_bytes(total)} are needed") from error
+        raise ModelFileError(f"{target}: cannot be written: {write_failure(error)}; {format_bytes(total)} are needed") from error
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
     return Inflation(tuple(paths), factor, _assert_types(paths, quantiser), sum(path.stat().st_size for path in paths))
 
 
-def _reason(error: OSError) -> str:
+def write_failure(error: OSError) -> str:
+    """Why writing failed, in words."""
     # numpy's tofile says "N requested and M written", without an errno, when the disk is full
     return error.strerror or ("the disk is full" if "written" in str(error) else str(error))
 
 
-class _Quantiser:
-    """Upstream's quantiser for one type."""
+class Quantiser:
+    """Upstream's quantiser for one type. Types that want an importance matrix get one in which all columns count alike.
+
+    Raises:
+        OptionError: there is no such type.
+        LibraryError: the native libraries are missing.
+    """
 
     def __init__(self, name: str) -> None:
         try:
@@ -129,6 +135,9 @@ class _Quantiser:
         self._quantize = library.ggml_quantize_chunk
         self._quantize.restype = ctypes.c_size_t
         self._quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+        # bool ggml_quantize_requires_imatrix(enum ggml_type type);
+        library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+        self._wants_importance = library.ggml_quantize_requires_imatrix(int(self.type))
 
     def check_rows(self, experts: list[Any]) -> None:
         for tensor in experts:
@@ -151,7 +160,9 @@ class _Quantiser:
         elif self.type == gguf.GGMLQuantizationType.F16:
             out[...] = rows.astype(np.float16).view(np.uint8)
         else:
-            written = self._quantize(int(self.type), rows.ctypes.data, out.ctypes.data, 0, rows.size // n, n, None)
+            importance = np.ones(n, dtype=np.float32) if self._wants_importance else None
+            weights = None if importance is None else importance.ctypes.data
+            written = self._quantize(int(self.type), rows.ctypes.data, out.ctypes.data, 0, rows.size // n, n, weights)
             if written != out.nbytes:
                 raise OptionError(f"{self.type.name}: upstream's quantiser wrote {written} bytes for {out.nbytes}")
         return out
@@ -168,7 +179,7 @@ class _Tensor:
     n_bytes: int
 
     @classmethod
-    def plan(cls, tensor: Any, factor: int, quantiser: _Quantiser) -> _Tensor:
+    def plan(cls, tensor: Any, factor: int, quantiser: Quantiser) -> _Tensor:
         shape = tuple(int(n) for n in reversed(tensor.shape))
         match = _EXPERTS.fullmatch(tensor.name)
         if match is None:
@@ -178,7 +189,7 @@ class _Tensor:
         shape = (n, rows, row * factor) if part == "down" else (n, rows * factor, row)
         return cls(tensor, part, shape, quantiser.type, n * shape[1] * quantiser.row_bytes(shape[2]))
 
-    def data(self, factor: int, quantiser: _Quantiser) -> npt.NDArray[Any]:
+    def data(self, factor: int, quantiser: Quantiser) -> npt.NDArray[Any]:
         if self.part is None:
             return np.asarray(self.source.data)
         values = gguf.quants.dequantize(self.source.data, self.source.tensor_type).astype(np.float32)
@@ -197,7 +208,7 @@ def _open(path: Path) -> Any:
         raise ModelFileError(f"{path}: not a readable GGUF: {error}") from error
 
 
-def _factor_for(size_bytes: int, reader: Any, experts: list[Any], quantiser: _Quantiser) -> int:
+def _factor_for(size_bytes: int, reader: Any, experts: list[Any], quantiser: Quantiser) -> int:
     other = sum(int(t.n_bytes) for t in reader.tensors) - sum(int(t.n_bytes) for t in experts)
     once = sum(quantiser.row_bytes(int(t.n_elements)) for t in experts)
     factor = 1
@@ -216,7 +227,7 @@ def _split_paths(target: Path, n: int) -> list[Path]:
 
 
 def _write_file(
-    path: Path, reader: Any, tensors: list[_Tensor], factor: int, quantiser: _Quantiser, split: tuple[int, int, int]
+    path: Path, reader: Any, tensors: list[_Tensor], factor: int, quantiser: Quantiser, split: tuple[int, int, int]
 ) -> Iterator[int]:
     """Writes one file; yields the bytes of each tensor when it is on its way to the disk."""
     number, n_files, n_tensors = split
@@ -247,7 +258,7 @@ def _write_file(
         writer.close()
 
 
-def _copy_metadata(writer: Any, reader: Any, architecture: str, factor: int, quantiser: _Quantiser) -> None:
+def _copy_metadata(writer: Any, reader: Any, architecture: str, factor: int, quantiser: Quantiser) -> None:
     length_key = f"{architecture}.expert_feed_forward_length"
     for field in reader.fields.values():
         if field.name == "general.architecture" or field.name.startswith(("GGUF.", "split.")):
@@ -261,7 +272,7 @@ def _copy_metadata(writer: Any, reader: Any, architecture: str, factor: int, qua
         writer.add_key_value(field.name, value, field.types[0], sub_type)
 
 
-def _assert_types(paths: list[Path], quantiser: _Quantiser) -> str:
+def _assert_types(paths: list[Path], quantiser: Quantiser) -> str:
     """The type of every expert tensor, read back from the files."""
     for path in paths:
         for tensor in _open(path).tensors:

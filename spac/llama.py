@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 import llama_cpp
 import llama_cpp.llama_cpp as upstream
 
-from spac import control, memory, seam
+from spac import control, log, memory, seam
 from spac.cores import physical_cores
-from spac.errors import BudgetError, DecodeError, OptionError, SpacError
+from spac.errors import BudgetError, DecodeError, ModelFileError, OptionError, SpacError
 from spac.gguf_check import ModelFacts, check_model
 from spac.governor import Governor
 from spac.plan import Paging, Plan, Sizes, fit
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
 ESTIMATOR_DIVISOR: Final = 64  # the part of `memory` that what the signals learn may take, at most
 PAGINGS: Final = ("auto", "on", "off")
+
+_log = logging.getLogger(__name__)
 
 _governor = Governor(
     set_budget=lambda n: void(control.check(control.spac_budget_set(n))),
@@ -249,6 +252,7 @@ class Llama(llama_cpp.Llama):
         try:
             with seam.substitute(self._make_model, self._make_context):
                 super().__init__(path, flash_attn=bool(self._flash_attn), **kwargs)
+            self._check_adapter()
             self._settle()
         except BaseException:
             self.close()
@@ -340,9 +344,12 @@ class Llama(llama_cpp.Llama):
                 n_ctx=self.context_params.n_ctx,
                 automatic=self._automatic_limit,
             )
+            if facts.unknown_layout:
+                _log.warning("%s: loaded whole, its experts cannot be paged: %s", facts.path, facts.unknown_layout)
             return plan
         except BudgetError as e:
-            raise BudgetError(f"{facts.path}: {e}") from None
+            unpaged = f"; its experts cannot be paged: {facts.unknown_layout}" if facts.unknown_layout else ""
+            raise BudgetError(f"{facts.path}: {e}{unpaged}") from None
         finally:
             memory.trim_malloc()
 
@@ -353,6 +360,12 @@ class Llama(llama_cpp.Llama):
             context_params.n_seq_max = min(self.n_batch, upstream.llama_max_parallel_sequences())
             context_params.kv_unified = True
         return measure_sizes(path, self.spac.facts, params, context_params)
+
+    def _check_adapter(self) -> None:
+        """llama_cpp.Llama takes the null pointer of a LoRA adapter that did not load for one, and the first decode would crash."""
+        if self.lora_path and not self._lora_adapter:
+            self._lora_adapter = None  # nothing to free
+            raise ModelFileError(f"{self.lora_path}: llama.cpp cannot load this adapter: {log.first_error() or 'no reason given'}")
 
     def _settle(self) -> None:
         """All is loaded: give experts what is left."""

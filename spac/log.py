@@ -1,4 +1,5 @@
-"""llama.cpp's log: shown only when asked for, but its last error line is kept to explain a failure."""
+"""llama.cpp's log: shown only when asked for, but its first error line is kept to explain a failure: those that follow only say
+what failed with it."""
 
 from __future__ import annotations
 
@@ -11,17 +12,17 @@ from contextlib import contextmanager
 import llama_cpp.llama_cpp as upstream
 from llama_cpp import _logger
 
-_ERROR_LEVEL = 3  # GGML_LOG_LEVEL_ERROR
-_last_error = ""
+_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR in ggml/include/ggml.h; llama-cpp-python has an older one
+_first_error = ""
 _quiet = 0
 
 
 @upstream.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes | None, _: object) -> None:
-    global _last_error
+    global _first_error
     line = (text or b"").decode(errors="replace")
-    if level == _ERROR_LEVEL and line.strip():
-        _last_error = line.strip()
+    if level == _ERROR_LEVEL and not _first_error:
+        _first_error = line.strip()
     if _logger.logger.level == logging.DEBUG and not _quiet and sys.stderr is not None:
         print(line, end="", flush=True, file=sys.stderr)
 
@@ -32,14 +33,14 @@ def install() -> None:
 
 
 def forget_error() -> None:
-    global _last_error
-    _last_error = ""
+    global _first_error
+    _first_error = ""
 
 
-def last_error() -> str:
-    """The last error line since `forget_error()`, without the name of the function that logged it; "" if there was none."""
-    name, colon, rest = _last_error.partition(": ")
-    return rest if colon and " " not in name else _last_error
+def first_error() -> str:
+    """The first error line since `forget_error()`, without the name of the function that logged it; "" if there was none."""
+    name, colon, rest = _first_error.partition(": ")
+    return rest if colon and " " not in name else _first_error
 
 
 @contextmanager

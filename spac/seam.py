@@ -72,7 +72,7 @@ class Model(_StockModel):  # type: ignore[misc]
     """A `LlamaModel` whose expert tensors are paged if `store` is given.
 
     Raises:
-        ModelFileError: llama.cpp cannot load the file; with the last line of its log.
+        ModelFileError: llama.cpp cannot load the file; with the first error of its log.
         Cancelled: `on_progress` returned False.
     """
 
@@ -104,7 +104,7 @@ class Model(_StockModel):  # type: ignore[misc]
         except ValueError as e:
             if self._cancelled:
                 raise Cancelled("loading was cancelled") from None
-            raise ModelFileError(f"{path_model}: llama.cpp cannot load this model: {log.last_error() or e}") from None
+            raise ModelFileError(f"{path_model}: llama.cpp cannot load this model: {log.first_error() or e}") from None
         finally:
             self.verbose = verbose
             code = control.spac_load_end() if store is not None else 0
@@ -166,7 +166,7 @@ class Context(_StockContext):  # type: ignore[misc]
             super().__init__(model=model, params=params, verbose=verbose)
         except ValueError as e:
             self._free_spac_context()
-            raise SpacError(f"llama.cpp cannot create a context: {log.last_error() or e}") from None
+            raise SpacError(f"llama.cpp cannot create a context: {log.first_error() or e}") from None
 
     def decode(self, batch: Any) -> None:
         """Evaluate one batch.

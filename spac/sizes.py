@@ -25,7 +25,7 @@ def measure_sizes(path: str, facts: ModelFacts, model_params: Any, context_param
         context_params: llama_context_params.
 
     Raises:
-        ModelFileError, OptionError: upstream cannot load this model, or create such a context; with the last line of its log.
+        ModelFileError, OptionError: upstream cannot load this model, or create such a context; with the first error of its log.
     """
     model_params = type(model_params).from_buffer_copy(model_params)
     model_params.progress_callback = upstream.llama_progress_callback()
@@ -37,7 +37,7 @@ def measure_sizes(path: str, facts: ModelFacts, model_params: Any, context_param
         with log.quiet():
             measured = control.memory_measure(path, model_params, context_params)
     except SpacError as e:
-        reason = log.last_error()
+        reason = log.first_error()
         raise type(e)((f"{e}: {reason}" if reason else str(e)).replace(path, facts.path)) from None
     return Sizes(
         dense_bytes=measured.dense_bytes,

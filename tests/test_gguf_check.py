@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,17 @@ def test_types_are_those_of_the_gguf_package() -> None:
             continue  # newer than the package
         assert known.name == name
         assert gguf.GGML_QUANT_SIZES[known] == (block, size)
+
+
+def test_every_type_that_upstream_multiplies_is_known() -> None:
+    """A type that comes with a newer llama.cpp fails here until it is in the table; graph_test.cpp pages each of them."""
+    source = (Path(__file__).parent.parent / "vendor/llama.cpp/ggml/src/ggml-cpu/ggml-cpu.c").read_text()
+    table = re.search(r"type_traits_cpu\[GGML_TYPE_COUNT\] = \{(.*?)\n\};", source, re.DOTALL)
+    assert table is not None
+    rows = re.split(r"\[GGML_TYPE_(\w+)\]", table[1])[1:]
+    multiplied = {name for name, row in zip(rows[::2], rows[1::2], strict=True) if ".vec_dot " in row}
+    assert len(multiplied) >= 28
+    assert multiplied <= {name for name, _, _ in TENSOR_TYPES.values()}
 
 
 def damaged(tiny: Path, folder: Path, change: Callable[[bytearray], object]) -> Path:

@@ -354,6 +354,37 @@ def test_refresh_that_conflicts_leaves_the_rest_to_a_person(patched: Checkout) -
     assert "up to date" in patched.ok("fetch")
 
 
+def test_a_conflict_can_be_gone_back_from(patched: Checkout) -> None:
+    before = patched.lock.read_text(), patched.source()
+    patched.publish("2.0", **{"vendor/llama.cpp/src/llama.cpp": "all new\n"})
+    assert "or go back: `scripts/vendor refresh 1.0`" in patched.fails("refresh", "2.0")
+    patched.ok("refresh", "1.0")
+    assert (patched.lock.read_text(), patched.source()) == before
+
+
+def test_try_says_what_applies_and_changes_nothing(patched: Checkout) -> None:
+    moved = UPSTREAM["vendor/llama.cpp/src/llama.cpp"].replace("int line_10;", "int a;\nint b;")
+    patched.publish("2.0", **{"vendor/llama.cpp/src/llama.cpp": moved})
+    before = patched.lock.read_text(), patched.git("rev-parse", "HEAD"), sorted(patched.lock.parent.iterdir())
+    first, second = patched.series()
+    assert f"{first}: applies\n{second}: applies\n" in patched.ok("try", "2.0")
+    assert (patched.lock.read_text(), patched.git("rev-parse", "HEAD"), sorted(patched.lock.parent.iterdir())) == before
+
+
+def test_try_names_every_conflict(patched: Checkout) -> None:
+    """The first patch conflicts, and the second is tried all the same."""
+    changed = UPSTREAM["vendor/llama.cpp/src/llama.cpp"].replace("int line_3;", "int drei;")
+    patched.publish("2.0", **{"vendor/llama.cpp/src/llama.cpp": changed})
+    first, second = patched.series()
+    done = patched.run("try", "2.0")
+    assert done.returncode == 1
+    assert done.stdout == f"{first}: conflicts at src/llama.cpp:1\n{second}: applies\n"
+    assert done.stderr.splitlines()[-1].startswith(f"vendor: {PACKAGE} 2.0: 1 of 2 patches conflict")
+    patched.publish("3.0", **{"vendor/llama.cpp/src/llama.cpp": "all new\n"})
+    assert patched.run("try", "3.0").stdout.count("conflicts at src/llama.cpp:") == 2
+    assert "up to date" in patched.ok("fetch")
+
+
 def test_pristine_is_unpatched_and_idempotent(patched: Checkout, tmp_path: Path) -> None:
     patched.ok("pristine", str(tmp_path / "stock"))
     assert (tmp_path / "stock" / "src" / "llama.cpp").read_text() == UPSTREAM["vendor/llama.cpp/src/llama.cpp"]

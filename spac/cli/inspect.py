@@ -44,6 +44,8 @@ def describe(facts: ModelFacts) -> dict[str, Any]:
         "file_bytes": facts.file_bytes,
         "dense_bytes": facts.dense_bytes,
         "expert_bytes": facts.expert_bytes,
+        "skipped_bytes": facts.skipped_bytes,
+        "unknown_layout": facts.unknown_layout,
         "bundle_bytes": max((layer.bundle_bytes for layer in facts.expert_layers), default=0),
         "bundle_page_bytes": facts.max_bundle_bytes,
         "floor_bytes": facts.floor_bytes,
@@ -65,6 +67,10 @@ def rows(facts: ModelFacts) -> list[tuple[str, str]]:
         ("layers", str(facts.n_layers)),
         ("dense", format_bytes(facts.dense_bytes)),
     ]
+    if facts.skipped_bytes:
+        table.append(("not loaded", f"{format_bytes(facts.skipped_bytes)} (blocks that guess further tokens)"))
+    if facts.unknown_layout:
+        return [*table, ("experts", f"cannot be paged: {facts.unknown_layout}")]
     if not facts.expert_layers:
         return [*table, ("experts", "none: a dense model, nothing can be paged")]
     bundle = max(layer.bundle_bytes for layer in facts.expert_layers)

@@ -219,7 +219,9 @@ def rows(facts: ModelFacts, question: Question, answer: Forecast, device: Device
     ]
     if speed is None or made is None:
         return [*found, ("fits", f"no: {answer.why_not}")]
-    if not facts.expert_layers:
+    if facts.unknown_layout:
+        how = f"yes, whole: its experts cannot be paged ({facts.unknown_layout})"
+    elif not facts.expert_layers:
         how = "yes, whole: a dense model, nothing is paged"
     elif made.paged:
         from spac.forecast import resident_share

@@ -7,6 +7,8 @@
 #include "library.h"
 #include "traits.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -32,8 +34,24 @@ struct Buffer {
     std::shared_ptr<Model> model;
     uint8_t * base = nullptr;
     size_t    size = 0;
+    int       n_huge_ranges = 0;
     std::unordered_map<const void *, PagedTensor *> tensors;  // by tensor->data; not changed after the load
 };
+
+// A process may have so many mappings (vm.max_map_count), and with hundreds of experts in a hundred layers their huge pages alone
+// would be more. Two mappings for each range: three eighths leave a quarter of them to everything else.
+int most_huge_ranges() {
+    long mappings = 0;
+    if (FILE * file = std::fopen("/proc/sys/vm/max_map_count", "r")) {
+        if (std::fscanf(file, "%ld", &mappings) != 1) {
+            mappings = 0;
+        }
+        std::fclose(file);
+    }
+    return (int) std::min(mappings, 1L << 30) / 8 * 3;
+}
+
+std::atomic<int> n_huge_ranges{ 0 };  // of all buffers
 
 //
 // names: blk.N.ffn_{gate,up,down,gate_up}_{,ch}exps.weight
@@ -109,6 +127,7 @@ void buffer_free(ggml_backend_buffer_t buffer) {
     if (b) {
         Library::get().forget(b->model);
         munmap(b->base, b->size);
+        n_huge_ranges -= b->n_huge_ranges;
         delete b;
     }
 }
@@ -182,7 +201,10 @@ bool buffer_bind_file(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const 
     paged->offset      = offset;
     tensor->data       = (void *) data;
     if (b->model->store->id() != SPAC_STORE_MMAP) {  // a mapping of the file stays as it is
-        paged->use_huge_pages();
+        static const int most = most_huge_ranges();
+        const int n_ranges    = paged->use_huge_pages(most - n_huge_ranges);
+        b->n_huge_ranges += n_ranges;
+        n_huge_ranges    += n_ranges;
         paged->repacker = library.load_options().repack ? Repacker::make(*tensor) : nullptr;
         tensor->extra   = paged->repacker ? paged->repacker->traits() : nullptr;
     }
@@ -230,7 +252,7 @@ ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t 
                                                       std::strerror(errno) + " (see ulimit -v)");
         return nullptr;
     }
-    auto * b = new Buffer{ model, (uint8_t *) base, reserved, {} };
+    auto * b = new Buffer{ model, (uint8_t *) base, reserved, 0, {} };
     return ggml_backend_buffer_init(buft, buffer_interface, b, size);
 }
 

@@ -404,7 +404,7 @@ TEST_CASE("what is evicted leaves its pages to the slice that it made room for; 
             CAPTURE(moves);
             TestModel m(Shape{ 1, 2, 6, slice_bytes, 4128 });
             for (auto & tensor : m.model->tensors) {
-                tensor->use_huge_pages();
+                tensor->use_huge_pages(6);
             }
             m.store->moves = moves;
             Pager pager(m.model->floor_bytes());

@@ -63,13 +63,15 @@ bool PagedTensor::huge_pages(int expert, uintptr_t & first, uintptr_t & last) co
     return first < last;
 }
 
-void PagedTensor::use_huge_pages() const {
+int PagedTensor::use_huge_pages(int at_most) const {
+    int       n = 0;
     uintptr_t first, last;
-    for (int e = 0; e < n_experts; ++e) {
-        if (huge_pages(e, first, last)) {
-            madvise((void *) first, last - first, MADV_HUGEPAGE);
+    for (int e = 0; e < n_experts && n < at_most; ++e) {
+        if (huge_pages(e, first, last) && madvise((void *) first, last - first, MADV_HUGEPAGE) == 0) {
+            ++n;
         }
     }
+    return n;
 }
 
 void PagedTensor::inner_pages(int expert, uint8_t *& begin, uint8_t *& end) const {

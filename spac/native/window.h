@@ -72,8 +72,9 @@ struct PagedTensor {
     // Bytes of all pages that the slice touches.
     size_t page_bytes(int expert) const;
     // Lets the kernel use huge pages where one lies within one slice: it comes and goes with the slice, and costs what it holds.
-    // Filling it takes one fault instead of hundreds. For anonymous memory.
-    void use_huge_pages() const;
+    // Filling it takes one fault instead of hundreds. For anonymous memory. Each such range is a mapping of its own to the kernel,
+    // and so is what lies before it: stops at that many ranges. Returns how many there are.
+    int use_huge_pages(int at_most) const;
 
   private:
     bool neighbour_on_page(int expert, uintptr_t page) const;

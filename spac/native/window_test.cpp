@@ -116,7 +116,9 @@ TEST_CASE("with huge pages, too, a slice's pages come and go with it") {
     madvise(window.pages, window.n_bytes, MADV_NOHUGEPAGE);
     PagedTensor tensor = tensor_of(n_experts, slice_bytes, 0);
     tensor.data        = window.data;
-    tensor.use_huge_pages();
+    const bool huge = tensor.use_huge_pages(n_experts) > 0;
+    CHECK(tensor.use_huge_pages(0) == 0);
+    CHECK(tensor.use_huge_pages(2) == (huge ? 2 : 0));  // no more mappings than are left
     std::mt19937 random(1);
     size_t used = 0;
     for (int step = 0; step < 60; ++step) {
