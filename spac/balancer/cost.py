@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -81,6 +82,12 @@ class Costs:
         sizes = np.array([cache.bundle_bytes for cache in state.caches], float)
         fast = float((sizes * np.array(fast_slots)).sum())
         return float((sizes * np.array(slots)).sum()) - fast + float(self.flight_bytes[i]), fast
+
+
+def whole_bundles(state: State, budget_bytes: Any) -> Any:
+    """What of a budget bundles can fill: its largest multiple of what all their sizes are multiples of."""
+    unit = math.gcd(*(cache.bundle_bytes for cache in state.caches))
+    return np.floor(np.asarray(budget_bytes) / unit + 1e-9) * unit
 
 
 def floor_fast_slots(state: State) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from spac.balancer.cost import Costs, check_feasible, floor_fast_slots
+from spac.balancer.cost import Costs, check_feasible, floor_fast_slots, whole_bundles
 from spac.balancer.curves import Floats
 from spac.balancer.state import Plan, State
 
@@ -36,8 +36,9 @@ class Filling:
         self.fast_floors = np.array(floor_fast_slots(state), np.int64)
         self.floor_misses = np.array([float(cache.curve.at(cache.floor)) for cache in state.caches])
         self.answers = np.array([not cache.of_draft for cache in state.caches])
-        fast_bytes = state.fast.budget_bytes if state.fast else 0
-        self._room_bytes = state.budget_bytes + fast_bytes - float((self.floors * self._sizes).sum())  # above the floors
+        fast_bytes = float(whole_bundles(state, state.fast.budget_bytes)) if state.fast else 0.0
+        of_floors = float((self.floors * self._sizes).sum())
+        self._room_bytes = whole_bundles(state, state.budget_bytes - costs.flight_bytes) + fast_bytes - of_floors  # by choice
         self._most_fast_uses = 0.0
         if state.fast is not None:
             most = np.where(self.answers, self.most, 0)
@@ -58,6 +59,8 @@ class Filling:
         saves = self._gain[open_] * weights[cache]
         order = np.argsort(-(saves / self._sizes[cache]), kind="stable")
         cache, saves = cache[order], saves[order]
+        if len(np.unique(self._sizes[cache])) == 2:
+            return self._fill_two_sizes(cache, saves, start, budget_bytes)
         spent = np.cumsum(self._sizes[cache])
         n = int(np.searchsorted(spent, budget_bytes, side="right"))
         slots = start + np.bincount(cache[:n], minlength=len(start))
@@ -75,6 +78,17 @@ class Filling:
                     break
         return np.asarray(slots, np.int64), bound
 
+    def _fill_two_sizes(self, cache: Ints, saves: Floats, start: Ints, budget_bytes: float) -> tuple[Ints, float]:
+        """As `fill`, exactly: of each size the best ones are taken, so only their number is open, and every number is tried."""
+        sizes = self._sizes[cache]
+        small, large = (np.flatnonzero(sizes == size) for size in np.unique(sizes))
+        n_large = np.arange(min(len(large), int(budget_bytes // sizes[large[0]])) + 1)
+        n_small = np.minimum(len(small), (budget_bytes - n_large * sizes[large[0]]) // sizes[small[0]]).astype(np.int64)
+        of_small, of_large = (np.concatenate([[0.0], np.cumsum(saves[rows])]) for rows in (small, large))
+        best = int(np.argmax(of_small[n_small] + of_large[n_large]))
+        taken = np.concatenate([small[: n_small[best]], large[: n_large[best]]])
+        return start + np.bincount(cache[taken], minlength=len(start)), float(saves[taken].sum())
+
     def fill_up(self, i: int, slots: Ints, fast: Ints) -> tuple[Ints, Ints]:
         """Slots and fast slots, and on top what the budgets leave room for with choice i."""
         state, costs = self._state, self._costs
@@ -89,7 +103,7 @@ class Filling:
     def bound_s(self, i: int) -> float:
         """No plan with choice i takes less: as if the fast tier's memory served as RAM too, and slots could be divided."""
         weights = self._costs.read_s(self._state, i)
-        _, saved = self.fill(weights, self.floors, self.most, self._room_bytes - float(self._costs.flight_bytes[i]))
+        _, saved = self.fill(weights, self.floors, self.most, float(self._room_bytes[i]))
         busy = max(0.0, float((weights * self.floor_misses).sum()) - saved)
         return float(self._costs.seconds(busy, self._most_fast_uses, i))
 
@@ -104,7 +118,7 @@ class Filling:
         The room is divided between both models in one of CELLS ways, and each gets all that it would have within the cell.
         """
         costs = self._costs
-        cells = np.linspace(0, max(0.0, self._room_bytes - float(costs.flight_bytes.min())), CELLS + 1)
+        cells = np.linspace(0, max(0.0, float(self._room_bytes.max())), CELLS + 1)
         of_model = self._missed_bytes(self.answers, cells if not self.answers.all() else cells[-1:])
         busy = costs.model_read_s * of_model[-1]
         if not self.answers.all():
