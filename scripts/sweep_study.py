@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The balancer's decisions against every setting there is, by device profile and kind of prompt, in the simulator.
 
-    .venv/bin/spac tune build/demo && .venv/bin/python scripts/sweep_study.py --out docs/benchmarks/sweep.md
+    .venv/bin/python scripts/sweep_study.py --out docs/benchmarks/sweep.md
 
 The bundled model answers the benchmark's forty prompts, with `spac run`'s sampling. At each of its tokens the bundled draft is
 asked for eight more, and the model really evaluates the first of them, right or wrong: so what a decode of any number of drafted
@@ -12,7 +12,7 @@ tokens uses was recorded, and any setting can be replayed. A replay is of one ki
   ahead     layers that are read ahead while the disk is idle, where the tables are sure; that takes bandwidth, and places
   slots     one order for all layers, equal quotas, or quotas by marginal gain
 
-Times are those of the time model (spac/trace/timing.py), of a decode of that width, on what `spac tune` measured here within the
+Times are those of the time model (spac/trace/timing.py), of a decode of that width, on what this machine does within the
 limits of a profile; the experts are those of the 4.2 GiB model, whose routing is the bundled model's. Misses and times are counted
 in the second half of a kind's requests. The balancer decides before, from the first half, and from nothing that a run without
 speculation does not see.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import spac
-from spac import device
+from spac import control, device
 from spac.balancer import Balancer, Cache, Lookahead, Plan, StackDistances, State, merged
 from spac.balancer.heuristics import greedy
 from spac.bench import profile
@@ -59,6 +60,7 @@ SHARES = ("25%", "50%", "75%")
 TOKENS, SEED, ASKED = 150, 1, 7
 VERIFIED, SENSED, DEPTHS = range(4), range(5), (0, 2, 10)
 SLOTS = ("one order", "equal", "gains")
+TURNS, WIDTHS = 60, (1, 2, 3, 4, 16)  # measuring: turns; tokens of a product
 BUNDLE_WEIGHTS, BUNDLE_BYTES = 25_165_824, 14_155_776  # of the 4.2 GiB model's experts, Q4_0: scripts/inflate
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -538,14 +540,46 @@ def report(cells: list[Cell], timings: dict[str, Timing], device_: device.Device
     return say
 
 
+def measured(work: Work) -> device.Device:
+    """What `spac tune` measures, of what this model needs; of each figure the best of many turns, since other programs may run."""
+    folder = ROOT / "build/demo"
+    folder.mkdir(parents=True, exist_ok=True)
+    products: dict[tuple[str, int], float] = {}
+    repack: dict[str, float] = {}
+    reads: dict[int, device.ReadRow] = {}
+    op_s, wakeup_s, memory = [], [], []
+    size = BUNDLE_BYTES // 3 // 4096 * 4096
+    with device.readable(folder, device.SCRATCH_BYTES) as file:
+        for _ in range(TURNS):
+            for name in sorted(work.types):
+                rows: list[device.ProductRow] = []
+                rates: dict[str, float] = {}
+                device.measure_type(name, WIDTHS, 2, rows, rates, 0.02)
+                for row in rows:
+                    products[name, row.n_tokens] = max(row.weights_per_s, products.get((name, row.n_tokens), 0.0))
+                repack |= {k: max(v, repack.get(k, 0.0)) for k, v in rates.items()}
+            for row in device.read_rows(file, "direct", [size], (1, 2, 4, 6), 0.02):
+                reads[row.depth] = min(row, reads.get(row.depth, row), key=lambda r: r.seconds)
+            op_s.append(device.measure_op(2))
+            wakeup_s.append(control.wakeup_measure(20))
+            memory.append(control.bandwidth_measure(64 << 20, 2))
+    return device.Device(
+        **device.identity(folder), threads=2, reads=tuple(reads.values()), repack=repack, op_s=min(op_s), wakeup_s=min(wakeup_s),
+        products=tuple(device.ProductRow(*key, rate) for key, rate in products.items()), memory_bytes_per_s=max(memory),
+        measured=time.strftime("%Y-%m-%d %H:%M:%S"),
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=Path, help="what `spac tune` kept (default: for build/demo)")
+    parser.add_argument("--device", type=Path, help="what an earlier run measured (default: measure this machine)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each answer (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "build/sweep-study.md", help="where tables are written (%(default)s)")
     arguments = parser.parse_args()
-    found = device.parse((arguments.device or device.path_of(ROOT / "build/demo")).read_text())
-    recorded, work = record(arguments.tokens), work_of_demo()
+    work = work_of_demo()
+    found = device.parse(arguments.device.read_text()) if arguments.device else measured(work)
+    device.save(found, arguments.out.with_suffix(".json"))
+    recorded = record(arguments.tokens)
     say = sweep(recorded, tell(recorded, work.layers[0].n_experts), work, found)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n".join(say).rstrip() + "\n")
@@ -555,11 +589,21 @@ def main() -> None:
 def sweep(recorded: Recorded, told: Told, work: Work, found: device.Device) -> list[str]:
     limits = {name: profile.load(name).limits(1 << 32) for name in PROFILES}
     timings = {name: Timing(Machine(found, limit), work, recorded.draft_s, told.seconds) for name, limit in limits.items()}
-    cells = []
-    for share, name in itertools.product(SHARES, KINDS):
-        cells += cells_of(Kind(name, share, recorded, told, work.layers[0].n_experts), name, share, timings)
+
+    global cells_of_part  # a name that a forked process finds, with all that was recorded
+
+    def cells_of_part(part: tuple[str, str]) -> list[Cell]:
+        share, name = part
+        return cells_of(Kind(name, share, recorded, told, work.layers[0].n_experts), name, share, timings)
+
+    with multiprocessing.get_context("fork").Pool() as pool:
+        cells = [cell for part in pool.imap(_run_part, itertools.product(SHARES, KINDS)) for cell in part]
     head = ["# The balancer against every setting", "", "Written by `scripts/sweep_study.py`, which says what is compared and how.", ""]
     return head + report(cells, timings, found)
+
+
+def _run_part(part: tuple[str, str]) -> list[Cell]:
+    return cells_of_part(part)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Plans without a solver: slots where they save most, with a proof of how good that is; and in equal shares.
 
 Gains fall with every further slot, so taking slots in the order of what they save for their bytes is optimal for as many bytes
-(Fox: Discrete optimization via marginal analysis, Management Science 13(3), 1966). What is left over at the end is less than
-one bundle; with a fraction of the next slot it is a bound that no plan passes (Dantzig's, of the knapsack problem).
+(Fox: Discrete optimization via marginal analysis, Management Science 13(3), 1966). Bundles of one size leave no room over.
+Two sizes trade places at the end of that order: every number of the larger ones is tried, so they are exact, too; of more sizes
+each pair is traded once. With a fraction of the next slot the order is a bound that no plan passes (Dantzig's, of the knapsack problem).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,35 +61,22 @@ class Filling:
         saves = self._gain[open_] * weights[cache]
         order = np.argsort(-(saves / self._sizes[cache]), kind="stable")
         cache, saves = cache[order], saves[order]
-        if len(np.unique(self._sizes[cache])) == 2:
-            return self._fill_two_sizes(cache, saves, start, budget_bytes)
-        spent = np.cumsum(self._sizes[cache])
+        sizes = self._sizes[cache]
+        spent = np.cumsum(sizes)
         n = int(np.searchsorted(spent, budget_bytes, side="right"))
-        slots = start + np.bincount(cache[:n], minlength=len(start))
-        left = max(0.0, budget_bytes - (float(spent[n - 1]) if n else 0.0))
         bound = float(saves[:n].sum())
         if n < len(cache):
-            bound += float(saves[n]) * left / float(self._sizes[cache[n]])
-        full = np.zeros(len(start), bool)
-        for i in cache[n:].tolist() if left >= self._sizes.min() else ():
-            full[i] |= self._sizes[i] > left
-            if not full[i]:
-                slots[i] += 1
-                left -= float(self._sizes[i])
-                if left < self._sizes.min():
-                    break
-        return np.asarray(slots, np.int64), bound
-
-    def _fill_two_sizes(self, cache: Ints, saves: Floats, start: Ints, budget_bytes: float) -> tuple[Ints, float]:
-        """As `fill`, exactly: of each size the best ones are taken, so only their number is open, and every number is tried."""
-        sizes = self._sizes[cache]
-        small, large = (np.flatnonzero(sizes == size) for size in np.unique(sizes))
-        n_large = np.arange(min(len(large), int(budget_bytes // sizes[large[0]])) + 1)
-        n_small = np.minimum(len(small), (budget_bytes - n_large * sizes[large[0]]) // sizes[small[0]]).astype(np.int64)
-        of_small, of_large = (np.concatenate([[0.0], np.cumsum(saves[rows])]) for rows in (small, large))
-        best = int(np.argmax(of_small[n_small] + of_large[n_large]))
-        taken = np.concatenate([small[: n_small[best]], large[: n_large[best]]])
-        return start + np.bincount(cache[taken], minlength=len(start)), float(saves[taken].sum())
+            left = max(0.0, budget_bytes - (float(spent[n - 1]) if n else 0.0))
+            bound += float(saves[n]) * left / float(sizes[n])
+        of_size = {int(size): np.flatnonzero(sizes == size) for size in np.unique(sizes)}
+        taken = {size: int(np.searchsorted(rows, n)) for size, rows in of_size.items()}
+        for small, large in itertools.combinations(of_size, 2):
+            others = sum(size * count for size, count in taken.items() if size not in (small, large))
+            taken[small], taken[large] = _best_pair(saves[of_size[small]], saves[of_size[large]], small, large, budget_bytes - others)
+        rows = np.concatenate([of_size[size][:count] for size, count in taken.items()] or [np.zeros(0, np.int64)])
+        if len(of_size) == 2:
+            bound = float(saves[rows].sum())
+        return start + np.bincount(cache[rows], minlength=len(start)), bound
 
     def fill_up(self, i: int, slots: Ints, fast: Ints) -> tuple[Ints, Ints]:
         """Slots and fast slots, and on top what the budgets leave room for with choice i."""
@@ -133,6 +122,15 @@ class Filling:
         sizes = self._sizes[self._cache[mine]][order]
         saved = np.interp(room_bytes, np.cumsum([0, *sizes]), np.cumsum([0.0, *(self._gain[mine][order] * sizes)]))
         return np.asarray(np.maximum(0.0, float((caches * self._sizes * self.floor_misses).sum()) - saved))
+
+
+def _best_pair(saves_small: Floats, saves_large: Floats, small_bytes: int, large_bytes: int, room_bytes: float) -> tuple[int, int]:
+    """How many bundles of two sizes to take. Of each size the best ones go first, so every number of large ones is tried."""
+    n_large = np.arange(min(len(saves_large), int(max(0.0, room_bytes) // large_bytes)) + 1)
+    n_small = np.clip((room_bytes - n_large * large_bytes) // small_bytes, 0, len(saves_small)).astype(np.int64)
+    of_small, of_large = (np.concatenate([[0.0], np.cumsum(saves)]) for saves in (saves_small, saves_large))
+    best = int(np.argmax(of_small[n_small] + of_large[n_large]))
+    return int(n_small[best]), int(n_large[best])
 
 
 @dataclass(frozen=True)

@@ -24,20 +24,19 @@ HIGHS = importlib.util.find_spec("highspy") is not None
 
 @pytest.fixture
 def knapsack() -> State:
-    """A small bundle saves more for its bytes than a large one, but takes the room that the large one needs. Two sizes would be
-    solved by trying; of a third one there is room for none."""
-    curves = [MissCurve.through([most, 0.0]) for most in (1.0, 0.9, 0.1)]
-    caches = tuple(Cache(name, size, curve, 0) for name, size, curve in zip("abc", (3000, 12000, 13000), curves, strict=True))
-    return State(caches, 12000 + 13000 // 3 + 1, SLOW_THEN_FASTER, (0.001,), in_flight=(1,))
+    """Bundles a and b save most for their bytes; c and d use all of the room, and trading two sizes at a time does not lead there."""
+    sizes, gains = (5000, 7500, 6100, 6900), (0.2, 0.199, 0.1985, 0.1985)
+    caches = tuple(Cache(name, size, MissCurve.through([gain, 0]), 0) for name, size, gain in zip("abcd", sizes, gains, strict=True))
+    return State(caches, 6100 + 6900 + 7500 // 3, SLOW_THEN_FASTER, (0.001,), in_flight=(1,))
 
 
 @pytest.mark.parametrize("solver", ["highs", "cbc"])
 def test_the_program_finds_what_marginal_gains_miss(knapsack: State, solver: str) -> None:
     if solver == "highs" and not HIGHS:
         pytest.skip("highspy is not installed")
-    assert greedy(knapsack).slots == (1, 0, 0)
+    assert greedy(knapsack).slots == (1, 1, 0, 0)
     found = solve(knapsack, solver=solver)
-    assert (found.plan.slots, found.plan.method, found.n_choices) == ((0, 1, 0), "program", 1)
+    assert (found.plan.slots, found.plan.method, found.n_choices) == ((0, 0, 1, 1), "program", 1)
     assert Balancer(solver=solver, deadline_s=10).solve(knapsack) == found.plan
 
 
@@ -78,7 +77,7 @@ def test_marginal_gains_take_over_and_it_is_said_once(
 def test_without_highs_cbc_solves(knapsack: State, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "highspy" else find(name, *rest))
-    assert solve(knapsack).plan.slots == (0, 1, 0)
+    assert solve(knapsack).plan.slots == (0, 0, 1, 1)
 
 
 def test_a_clock_that_jumps_changes_nothing(knapsack: State, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ def check(state: State, plan: Plan) -> None:
 
 KINDS = {
     "equal bundles": {},
+    "two sizes": {"sizes": (3 * KIB, 5 * KIB, 5 * KIB)},
     "unequal bundles": {"sizes": (3 * KIB, 6 * KIB, 15 * KIB)},
     "draft with experts": {"draft": True},
     "fast tier": {"sizes": (3 * KIB, 6 * KIB), "fast": True},
@@ -101,8 +102,9 @@ def test_no_plan_is_better_than_the_programs(kind: str, seed: int) -> None:
     for other in (greedy(state), uniform(state), separate(state), solve(state, integral=False).plan, solve(state, relaxed=True).plan):
         check(state, other)
         assert other.seconds_per_token >= best * (1 - 1e-9)
-    if kind == "equal bundles":
+    if kind in ("equal bundles", "two sizes"):
         assert greedy(state).seconds_per_token == pytest.approx(best)
+        assert solve(state, gap=1e-9).n_choices == 0  # and proven, without a solver
 
 
 def _by_hand(state: State, choice: Choice, slots: tuple[int, ...]) -> float:
