@@ -14,8 +14,8 @@ tokens uses was recorded, and any setting can be replayed. A replay is of one ki
 
 Times are those of the time model (spac/trace/timing.py), of a decode of that width, on what this machine does within the
 limits of a profile; the experts are those of the 4.2 GiB model, whose routing is the bundled model's. Misses and times are counted
-in the second half of a kind's requests. The balancer decides before, from the first half, and from nothing that a run without
-speculation does not see.
+in the second half of a kind's requests. The balancer decides before, from the first half (acceptance of the same kind; all else of
+all kinds together, since of one there is too little), and from nothing that a run without speculation does not see.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from spac.gguf_check import check_model
 from spac.gguf_reader import read_gguf
 from spac.trace.format import Trace
 from spac.trace.simulation import Ahead, Replay, parse_cache, replay
-from spac.trace.timing import READS_IN_FLIGHT, Compute, layer_s
+from spac.trace.timing import PARTS, READS_IN_FLIGHT, Compute, Reads, layer_s
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, DRAFT = ROOT / "models/spac-demo-moe.gguf", ROOT / "models/spac-demo-draft.gguf"
 PROFILES = ("pi5-8g-nvme", "pi5-sd", "pi4-usb3", "jetson-orin-nano-nvme", "laptop-16g-nvme", "native")
-SHARES = ("25%", "50%", "75%")
+SHARES = ("25%", "50%", "75%", "100%")
 TOKENS, SEED, ASKED = 150, 1, 7
 VERIFIED, SENSED, DEPTHS = range(4), range(5), (0, 2, 10)
 SLOTS = ("one order", "equal", "gains")
@@ -246,8 +246,14 @@ class Timing:
     def rate(self, in_flight: int) -> float:
         """Of reading, bytes/s."""
         reads = self.machine.reads()
-        rate = reads.bytes_per_s(BUNDLE_BYTES / 3, in_flight)
+        rate = reads.bytes_per_s(BUNDLE_BYTES / PARTS, in_flight)
         return min(rate, reads.limit_bytes_per_s or rate)
+
+    def reads(self) -> Reads:
+        """As the pager has them: a slice is not done when it has been read."""
+        size, reads = BUNDLE_BYTES / PARTS, self.machine.reads()
+        rate = 1 / (1 / reads.bytes_per_s(size, READS_IN_FLIGHT) + self.machine.slice_s(self.work.layers[0]) / READS_IN_FLIGHT / size)
+        return Reads({(int(size), READS_IN_FLIGHT): rate}, reads.limit_bytes_per_s)
 
     def ahead(self, depth: int, verified: int, used: float) -> Ahead | None:
         rate = self.rate(2) if depth else 0.0
@@ -255,16 +261,16 @@ class Timing:
         idle = rate * self.dense_s(width) / self.share / len(self.work.layers)
         return Ahead(depth, idle, rate * self.use_s(width * self.work.n_used / used) / self.share) if depth else None
 
-    def decode_s(self, width: Ints, found: Replay, rows: Ints) -> NDArray[np.float64]:
-        """Of some ubatches, of so many tokens each."""
+    def decode_s(self, width: Ints, found: Replay, rows: Ints, before_s: float) -> NDArray[np.float64]:
+        """Of some ubatches, of so many tokens each, and of what goes before each of them."""
         out = np.zeros(len(rows))
         limit = self.machine.limits.read_bytes_per_s
         for w in np.unique(width).tolist():
             of_width = rows[width == w]
             used, wait = found.uses[of_width].astype(np.int64), found.wait_bytes[of_width]
-            waiting = self.dense_s(w) + self.layers_s(w, used, wait / BUNDLE_BYTES).sum(1)
+            waiting = before_s + self.dense_s(w) + self.layers_s(w, used, wait / BUNDLE_BYTES).sum(1)
             use_s = np.array([0.0] + [n * self.use_s(w * self.work.n_used / n) for n in range(1, w * self.work.n_used + 1)])
-            busy = self.dense_s(w) + use_s[used].sum(1)
+            busy = before_s * self.share + self.dense_s(w) + use_s[used].sum(1)
             read = (wait + found.ahead_bytes[of_width]).sum(1)
             out[width == w] = np.maximum(np.maximum(waiting, busy / self.share), read / limit if limit else 0.0)
         return out
@@ -332,20 +338,20 @@ class Kind:
     """Prompts of one kind, with one cache size. The first half of them is the past."""
 
     def __init__(self, kind: str, share: str, recorded: Recorded, told: Told, n_experts: int) -> None:
+        self.first = len(recorded.answers) // 2
         self.answers = {i: answer for i, answer in enumerate(recorded.answers) if answer.kind == kind}
-        numbers = list(self.answers)
-        self.past = {i: self.answers[i] for i in numbers[: len(numbers) // 2]}
-        self.first = numbers[len(numbers) // 2]
+        self.past = {i: answer for i, answer in self.answers.items() if i < self.first}
+        self.all_past = dict(enumerate(recorded.answers[: self.first]))
         self.told, self.draft_s = told, recorded.draft_s
         self.runs = {n: run_of(self.answers, n, n_experts) for n in VERIFIED}
         self.n_experts = n_experts
         self.n_bundles = parse_cache(share, self.runs[0].trace)
         self.distances = StackDistances(self.runs[0].trace.n_layers, n_experts, half_life_tokens=None)
-        for answer in self.past.values():
+        for answer in self.all_past.values():
             for routed in answer.routed:
                 self.distances.observe(routed[:1])
         caches = tuple(Cache(f"layer {i}", 1, curve, 0) for i, curve in enumerate(self.distances.curves()))
-        state = State(caches, self.n_bundles + 1, device_reads(), (1.0,), in_flight=(1,))
+        state = State(caches, self.n_bundles + 1, Reads({(1, 1): 1.0}), (1.0,), in_flight=(1,))  # no times: quotas hang on none
         rest = self.n_bundles - sum(slots := list(greedy(state).slots))
         for i in range(len(slots)):
             slots[i] += (more := min(rest, n_experts - slots[i]))
@@ -372,22 +378,20 @@ class Kind:
         """For each token of the second half."""
         run = self.runs[setting.verified]
         rows = np.flatnonzero((run.width > 0) & (run.answer >= self.first))
-        of_cycles = timing.decode_s(run.width[rows], found, rows).sum() + len(rows) * timing.speculation_s(setting)
-        return float(of_cycles / run.given[rows].sum())
+        return float(timing.decode_s(run.width[rows], found, rows, timing.speculation_s(setting)).sum() / run.given[rows].sum())
 
     # -- what the balancer is told --
 
-    def _past_bytes(self, run: Run, found: Replay, what: str = "wait_bytes") -> float:
-        """For each decode of the past."""
-        rows = (run.width > 0) & (run.answer < self.first)
-        return float(getattr(found, what)[rows].sum() / rows.sum())
+    @staticmethod
+    def _bytes(run: Run, found: Replay, what: str = "wait_bytes") -> float:
+        """For each decode."""
+        return float(getattr(found, what)[run.width > 0].sum() / (run.width > 0).sum())
 
     @cached_property
     def growth(self) -> tuple[float, ...]:
-        found = []
-        for n in VERIFIED:
-            run = run_of(self.past, n, self.n_experts, neighbours=True)
-            found.append(self._past_bytes(run, replay(run.trace, self.n_bundles, "default", "global")))
+        """By number verified; a rejected token is taken to use what the one that came did."""
+        runs = [run_of(self.all_past, n, self.n_experts, neighbours=True) for n in VERIFIED]
+        found = [self._bytes(run, replay(run.trace, self.n_bundles, "default", "global")) for run in runs]
         return tuple(x / found[0] for x in found)
 
     @cached_property
@@ -396,45 +400,45 @@ class Kind:
         return tuple(float((right >= n).mean()) for n in VERIFIED if n)
 
     @cached_property
+    def _plain(self) -> Run:
+        return run_of(self.all_past, 0, self.n_experts)
+
+    def _told(self, sensed: int, ahead: Ahead | None = None) -> Replay:
+        foreseen = self._plain.foresight(self.told.foresight[0, sensed]) if sensed or ahead else None
+        return replay(self._plain.trace, self.n_bundles, "default", "global", foreseen, ahead)
+
+    @cached_property
     def sensed(self) -> tuple[float, ...]:
-        run = self.runs[0]
-        found = [self._past_bytes(run, self.replay(Setting(0, j, 0, "one order"))) for j in SENSED]
+        found = [self._bytes(self._plain, self._told(j)) for j in SENSED]
         return tuple(max(0.0, 1 - x / found[0]) for x in found)
 
     def lookahead(self, timing: Timing) -> tuple[Lookahead, ...]:
-        run, found = self.runs[0], [Lookahead(0.0, 1.0)]
-        base = self._past_bytes(run, self.replay(Setting(0, 0, 0, "one order")))
+        base, found = self._bytes(self._plain, self._told(0)), [Lookahead(0.0, 1.0)]
         for depth in DEPTHS[1:]:
-            told = self.replay(Setting(0, 0, depth, "one order"), timing.ahead(depth, 0, self.used[0]))
-            recall = max(0.0, 1 - self._past_bytes(run, told) / base)
-            more = self._past_bytes(run, told, "ahead_bytes") / base
+            told = self._told(0, timing.ahead(depth, 0, self.used[0]))
+            recall = max(0.0, 1 - self._bytes(self._plain, told) / base)
+            more = self._bytes(self._plain, told, "ahead_bytes") / base
             found.append(Lookahead(recall, max(1e-3, min(1.0, recall / more if more > 0 else 1.0))))
         return tuple(found)
 
     def state(self, timing: Timing) -> State:
         curve = merged(self.distances.curves())
-        counted = self._past_bytes(self.runs[0], self.replay(Setting(0, 0, 0, "one order"))) / BUNDLE_BYTES
+        counted = self._bytes(self._plain, self._told(0)) / BUNDLE_BYTES
         curve = curve.scaled(counted / float(curve.at(self.n_bundles)))
         n_layers, k = self.runs[0].trace.n_layers, self.runs[0].trace.n_used
         in_flight = READS_IN_FLIGHT
         return State(
-            (Cache("model", BUNDLE_BYTES, curve, n_layers * k // 4),), self.n_bundles * BUNDLE_BYTES + in_flight * BUNDLE_BYTES // 3,
-            timing.machine.reads(), decode_s=tuple(timing.compute_s(n + 1, self.used[n]) for n in VERIFIED), growth=self.growth,
-            accepted=self.accepted, draft_s=timing.draft_s * timing.slower, sensed=self.sensed, lookahead=self.lookahead(timing),
+            (Cache("model", BUNDLE_BYTES, curve, n_layers * k // 4),), self.n_bundles * BUNDLE_BYTES + in_flight * BUNDLE_BYTES // PARTS,
+            timing.reads(), decode_s=tuple(timing.compute_s(n + 1, self.used[n]) for n in VERIFIED), growth=self.growth,
+            accepted=self.accepted, draft_s=(timing.draft_s + timing.tell_s / max(SENSED)) * timing.slower, sensed=self.sensed, lookahead=self.lookahead(timing),
             in_flight=(in_flight,),
         )  # fmt: skip
-
-
-def device_reads():  # quotas hang on no disk
-    from spac.trace.timing import Reads
-
-    return Reads({(BUNDLE_BYTES // 3, 1): 1e9})
 
 
 def work_of_demo() -> Work:
     """Of the 4.2 GiB model: the bundled model's, with larger experts."""
     facts, file = check_model(MODEL), read_gguf(MODEL)
-    layer = LayerWork(facts.expert_layers[0].n_experts, BUNDLE_BYTES, BUNDLE_BYTES + 3 * 4096, (("Q4_0", BUNDLE_WEIGHTS),))
+    layer = LayerWork(facts.expert_layers[0].n_experts, BUNDLE_BYTES, BUNDLE_BYTES + PARTS * 4096, (("Q4_0", BUNDLE_WEIGHTS),))
     work = Work.of(facts, file.tensors)
     return replace(work, layers=(layer,) * len(work.layers))
 
@@ -548,7 +552,7 @@ def measured(work: Work) -> device.Device:
     repack: dict[str, float] = {}
     reads: dict[int, device.ReadRow] = {}
     op_s, wakeup_s, memory = [], [], []
-    size = BUNDLE_BYTES // 3 // 4096 * 4096
+    size = BUNDLE_BYTES // PARTS // 4096 * 4096
     with device.readable(folder, device.SCRATCH_BYTES) as file:
         for _ in range(TURNS):
             for name in sorted(work.types):

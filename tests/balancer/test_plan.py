@@ -110,19 +110,22 @@ def test_no_plan_is_better_than_the_programs(kind: str, seed: int) -> None:
 def _by_hand(state: State, choice: Choice, slots: tuple[int, ...]) -> float:
     """The formulas of docs/balancer.md, without a fast tier."""
     look = state.lookahead[choice.depth]
-    rate = state.bytes_per_s(choice.in_flight)
+    disk = state.disk_bytes_per_s(choice.in_flight)
+    rate = min(disk, state.reads.limit_bytes_per_s or disk)
     missed = 0.0
     for cache, n in zip(state.caches, slots, strict=True):
         times = choice.drafted if cache.of_draft else state.growth[choice.verified] * (1 - state.sensed[choice.drafted - choice.verified])
         missed += times * cache.bundle_bytes * float(cache.curve.at(n))
-    read_s = missed / rate
+    read_s, wait_s = missed / rate, missed / disk
     compute_s = state.decode_s[choice.verified] + choice.drafted * (state.draft_s or 0)
-    cycle_s = max(compute_s + (1 - look.recall) * read_s, (1 - look.recall + look.recall / look.precision) * read_s)
+    cycle_s = max(compute_s + (1 - look.recall) * wait_s, (1 - look.recall + look.recall / look.precision) * read_s)
     return cycle_s / (1 + sum(state.accepted[: choice.verified]))
 
 
-def test_cost_is_the_documented_one() -> None:
+@pytest.mark.parametrize("limit", [None, 1.5e6, 1e3])
+def test_cost_is_the_documented_one(limit: float | None) -> None:
     state = make_state(4, draft=True)
+    state = replace(state, reads=replace(state.reads, limit_bytes_per_s=limit))
     costs = Costs(state)
     assert len(costs) == 3 * 3 * 2 * 3
     for i in range(len(costs)):
