@@ -114,7 +114,8 @@ def check_feasible(state: State) -> None:
     need = floor_bytes(state)
     if state.budget_bytes < need:
         least = f"{floors} experts and {min(state.in_flight)} read(s) in flight"
+        tenth = MIB / 10  # rounded up, so that who follows the advice is done
         raise BudgetError(
-            f"an expert budget of {state.budget_bytes / MIB:.1f} MiB is too small: {least} take {need / MIB:.1f} MiB; "
-            f"raise the memory limit by {(need - state.budget_bytes) / MIB:.1f} MiB"
+            f"an expert budget of {state.budget_bytes / MIB:.1f} MiB is too small: {least} take {math.ceil(need / tenth) / 10:.1f} MiB; "
+            f"raise the memory limit by {math.ceil((need - state.budget_bytes) / tenth) / 10:.1f} MiB"
         )

@@ -106,8 +106,10 @@ class Program:
         self, state: State, costs: Costs, filling: Filling, rows: tuple[int, ...], near: Plan,
         *, integral: bool, relaxed: bool, n_segments: int | None = None,
     ) -> None:  # fmt: skip
-        import pulp
-
+        try:
+            import pulp
+        except ImportError as e:
+            raise SolverError(f"pulp: {e}") from None
         self._pulp, self._state, self._costs, self._filling, self._rows = pulp, state, costs, filling, rows
         if n_segments is None:
             n_segments = N_SEGMENTS if len(state.caches) > MANY_CACHES else 4 * N_SEGMENTS

@@ -173,8 +173,10 @@ def test_what_is_too_small_is_said_with_what_would_do() -> None:
     need = floor_bytes(state)
     solve(replace(state, budget_bytes=need))
     for method in (solve, greedy, uniform, separate):
-        with pytest.raises(BudgetError, match=r"^an expert budget of 0\.0 MiB is too small: .* take 0\.0 MiB; raise the memory limit by"):
+        with pytest.raises(BudgetError, match=r"^an expert budget of 0\.0 MiB is too small: .* take 0\.1 MiB; raise the memory limit by") as e:
             method(replace(state, budget_bytes=need - 1))  # type: ignore[operator]
+        advice = float(str(e.value).split()[-2])
+        method(replace(state, budget_bytes=need - 1 + int(advice * (1 << 20))))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
