@@ -434,7 +434,7 @@ void simulate(spac_simulation & s) {
             const bool   there = cache.has(bundle);
             const double left  = there ? ahead.demand(bundle) : (double) s.bundle_bytes[visit.layer];
             wait_bytes += left;
-            n_missed += left > 0;
+            n_missed += !there || left > 0;
             if (!there) {
                 missed.push_back(bundle);
             }

@@ -202,6 +202,8 @@ def test_what_is_sure_is_read_ahead_while_the_disk_is_idle(make_trace: MakeTrace
     n, size = 24, float(trace.bundle_bytes[0])
     plain = run(trace, n, foresight=told)
     assert (plain.wait_bytes == plain.missed * size).all() and not plain.ahead_bytes.any()
+    unknown = run(replace(trace, bundle_bytes=()), n, foresight=told)
+    assert (unknown.missed == plain.missed).all() and unknown.misses == plain.misses > 0 and unknown.bytes is None
     busy = run(trace, n, foresight=told, ahead=Ahead(trace.n_layers, 0, 0))
     assert (busy.wait_bytes == plain.wait_bytes).all()
     idle = run(trace, n, foresight=told, ahead=Ahead(1, 1e12, 0))
