@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,15 +24,15 @@ class Costs:
     Attributes:
         compute_s: decoding and drafting with all experts in RAM.
         model_read_s, draft_read_s: seconds of reading for each byte that a token of theirs misses.
-        waits: the part of reading that nothing hides.
-        reads: the same with what is read ahead, and in vain.
+        waits: the part of reading that nothing hides, by the disk itself: a limit counts bytes over a whole decode.
+        reads: all of it behind the limit, with what is read ahead, and in vain.
         fast_s: saved by each use a token of an expert in the fast tier.
         flight_bytes: of the budget, for reads in flight.
     """
 
     def __init__(self, state: State) -> None:
         flights = np.array(sorted(set(state.in_flight)))
-        rates = np.array([state.bytes_per_s(n) for n in flights.tolist()])
+        rates = np.array([state.disk_bytes_per_s(n) for n in flights.tolist()])
         faster = rates > np.concatenate([[0.0], np.maximum.accumulate(rates)[:-1]])  # more in flight must give more
         n_verified, n_more = (len(state.decode_s), len(state.sensed)) if state.draft_s is not None else (1, 1)
         shape = n_verified, n_more, len(state.lookahead), int(faster.sum())
@@ -41,11 +42,12 @@ class Costs:
         self.flight_bytes = self.in_flight * state.slice_bytes
         accepted = np.concatenate([[1.0], 1 + np.cumsum(state.accepted)])[verified]
         recall, precision = np.array(state.lookahead, float)[depth].T
-        growth, rate = np.array(state.growth)[verified], rates[faster][flight]
+        growth, disk = np.array(state.growth)[verified], rates[faster][flight]
+        rate = np.minimum(disk, state.reads.limit_bytes_per_s or np.inf)
         self.compute_s = (np.array(state.decode_s)[verified] + self.drafted * (state.draft_s or 0.0)) / accepted
         self.model_read_s = growth * (1 - np.array(state.sensed)[more]) / accepted / rate
         self.draft_read_s = self.drafted / accepted / rate
-        self.waits = 1 - recall
+        self.waits = (1 - recall) * rate / disk
         self.reads = 1 - recall + recall / precision
         self.fast_s = growth * (state.fast.saved_s if state.fast else 0.0) / accepted
 
@@ -83,6 +85,12 @@ class Costs:
         return float((sizes * np.array(slots)).sum()) - fast + float(self.flight_bytes[i]), fast
 
 
+def whole_bundles(state: State, budget_bytes: Any) -> Any:
+    """What of a budget bundles can fill: its largest multiple of what all their sizes are multiples of."""
+    unit = math.gcd(*(cache.bundle_bytes for cache in state.caches))
+    return np.floor(np.asarray(budget_bytes) / unit + 1e-9) * unit
+
+
 def floor_fast_slots(state: State) -> list[int]:
     """Of the floors, what the fast tier takes."""
     left, taken = state.fast.budget_bytes if state.fast else 0, []
@@ -106,7 +114,8 @@ def check_feasible(state: State) -> None:
     need = floor_bytes(state)
     if state.budget_bytes < need:
         least = f"{floors} experts and {min(state.in_flight)} read(s) in flight"
+        tenth = MIB / 10  # rounded up, so that who follows the advice is done
         raise BudgetError(
-            f"an expert budget of {state.budget_bytes / MIB:.1f} MiB is too small: {least} take {need / MIB:.1f} MiB; "
-            f"raise the memory limit by {(need - state.budget_bytes) / MIB:.1f} MiB"
+            f"an expert budget of {state.budget_bytes / MIB:.1f} MiB is too small: {least} take {math.ceil(need / tenth) / 10:.1f} MiB; "
+            f"raise the memory limit by {math.ceil((need - state.budget_bytes) / tenth) / 10:.1f} MiB"
         )

@@ -1,19 +1,21 @@
 """Plans without a solver: slots where they save most, with a proof of how good that is; and in equal shares.
 
 Gains fall with every further slot, so taking slots in the order of what they save for their bytes is optimal for as many bytes
-(Fox: Discrete optimization via marginal analysis, Management Science 13(3), 1966). What is left over at the end is less than
-one bundle; with a fraction of the next slot it is a bound that no plan passes (Dantzig's, of the knapsack problem).
+(Fox: Discrete optimization via marginal analysis, Management Science 13(3), 1966). Bundles of one size leave no room over.
+Two sizes trade places at the end of that order: every number of the larger ones is tried, so they are exact, too; of more sizes
+each pair is traded once. With a fraction of the next slot the order is a bound that no plan passes (Dantzig's, of the knapsack problem).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spac.balancer.cost import Costs, check_feasible, floor_fast_slots
+from spac.balancer.cost import Costs, check_feasible, floor_fast_slots, whole_bundles
 from spac.balancer.curves import Floats
 from spac.balancer.state import Plan, State
 
@@ -36,8 +38,9 @@ class Filling:
         self.fast_floors = np.array(floor_fast_slots(state), np.int64)
         self.floor_misses = np.array([float(cache.curve.at(cache.floor)) for cache in state.caches])
         self.answers = np.array([not cache.of_draft for cache in state.caches])
-        fast_bytes = state.fast.budget_bytes if state.fast else 0
-        self._room_bytes = state.budget_bytes + fast_bytes - float((self.floors * self._sizes).sum())  # above the floors
+        fast_bytes = float(whole_bundles(state, state.fast.budget_bytes)) if state.fast else 0.0
+        of_floors = float((self.floors * self._sizes).sum())
+        self._room_bytes = whole_bundles(state, state.budget_bytes - costs.flight_bytes) + fast_bytes - of_floors  # by choice
         self._most_fast_uses = 0.0
         if state.fast is not None:
             most = np.where(self.answers, self.most, 0)
@@ -58,22 +61,22 @@ class Filling:
         saves = self._gain[open_] * weights[cache]
         order = np.argsort(-(saves / self._sizes[cache]), kind="stable")
         cache, saves = cache[order], saves[order]
-        spent = np.cumsum(self._sizes[cache])
+        sizes = self._sizes[cache]
+        spent = np.cumsum(sizes)
         n = int(np.searchsorted(spent, budget_bytes, side="right"))
-        slots = start + np.bincount(cache[:n], minlength=len(start))
-        left = max(0.0, budget_bytes - (float(spent[n - 1]) if n else 0.0))
         bound = float(saves[:n].sum())
         if n < len(cache):
-            bound += float(saves[n]) * left / float(self._sizes[cache[n]])
-        full = np.zeros(len(start), bool)
-        for i in cache[n:].tolist() if left >= self._sizes.min() else ():
-            full[i] |= self._sizes[i] > left
-            if not full[i]:
-                slots[i] += 1
-                left -= float(self._sizes[i])
-                if left < self._sizes.min():
-                    break
-        return np.asarray(slots, np.int64), bound
+            left = max(0.0, budget_bytes - (float(spent[n - 1]) if n else 0.0))
+            bound += float(saves[n]) * left / float(sizes[n])
+        of_size = {int(size): np.flatnonzero(sizes == size) for size in np.unique(sizes)}
+        taken = {size: int(np.searchsorted(rows, n)) for size, rows in of_size.items()}
+        for small, large in itertools.combinations(of_size, 2):
+            others = sum(size * count for size, count in taken.items() if size not in (small, large))
+            taken[small], taken[large] = _best_pair(saves[of_size[small]], saves[of_size[large]], small, large, budget_bytes - others)
+        rows = np.concatenate([of_size[size][:count] for size, count in taken.items()] or [np.zeros(0, np.int64)])
+        if len(of_size) == 2:
+            bound = float(saves[rows].sum())
+        return start + np.bincount(cache[rows], minlength=len(start)), bound
 
     def fill_up(self, i: int, slots: Ints, fast: Ints) -> tuple[Ints, Ints]:
         """Slots and fast slots, and on top what the budgets leave room for with choice i."""
@@ -89,7 +92,7 @@ class Filling:
     def bound_s(self, i: int) -> float:
         """No plan with choice i takes less: as if the fast tier's memory served as RAM too, and slots could be divided."""
         weights = self._costs.read_s(self._state, i)
-        _, saved = self.fill(weights, self.floors, self.most, self._room_bytes - float(self._costs.flight_bytes[i]))
+        _, saved = self.fill(weights, self.floors, self.most, float(self._room_bytes[i]))
         busy = max(0.0, float((weights * self.floor_misses).sum()) - saved)
         return float(self._costs.seconds(busy, self._most_fast_uses, i))
 
@@ -104,7 +107,7 @@ class Filling:
         The room is divided between both models in one of CELLS ways, and each gets all that it would have within the cell.
         """
         costs = self._costs
-        cells = np.linspace(0, max(0.0, self._room_bytes - float(costs.flight_bytes.min())), CELLS + 1)
+        cells = np.linspace(0, max(0.0, float(self._room_bytes.max())), CELLS + 1)
         of_model = self._missed_bytes(self.answers, cells if not self.answers.all() else cells[-1:])
         busy = costs.model_read_s * of_model[-1]
         if not self.answers.all():
@@ -119,6 +122,15 @@ class Filling:
         sizes = self._sizes[self._cache[mine]][order]
         saved = np.interp(room_bytes, np.cumsum([0, *sizes]), np.cumsum([0.0, *(self._gain[mine][order] * sizes)]))
         return np.asarray(np.maximum(0.0, float((caches * self._sizes * self.floor_misses).sum()) - saved))
+
+
+def _best_pair(saves_small: Floats, saves_large: Floats, small_bytes: int, large_bytes: int, room_bytes: float) -> tuple[int, int]:
+    """How many bundles of two sizes to take. Of each size the best ones go first, so every number of large ones is tried."""
+    n_large = np.arange(min(len(saves_large), int(max(0.0, room_bytes) // large_bytes)) + 1)
+    n_small = np.clip((room_bytes - n_large * large_bytes) // small_bytes, 0, len(saves_small)).astype(np.int64)
+    of_small, of_large = (np.concatenate([[0.0], np.cumsum(saves)]) for saves in (saves_small, saves_large))
+    best = int(np.argmax(of_small[n_small] + of_large[n_large]))
+    return int(n_small[best]), int(n_large[best])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from spac.balancer.cost import MIB, Costs
+from spac.balancer.cost import MIB, Costs, whole_bundles
 from spac.balancer.curves import MissCurve
 from spac.balancer.heuristics import Filling, search
 from spac.balancer.state import Plan, State
@@ -106,8 +106,10 @@ class Program:
         self, state: State, costs: Costs, filling: Filling, rows: tuple[int, ...], near: Plan,
         *, integral: bool, relaxed: bool, n_segments: int | None = None,
     ) -> None:  # fmt: skip
-        import pulp
-
+        try:
+            import pulp
+        except ImportError as e:
+            raise SolverError(f"pulp: {e}") from None
         self._pulp, self._state, self._costs, self._filling, self._rows = pulp, state, costs, filling, rows
         if n_segments is None:
             n_segments = N_SEGMENTS if len(state.caches) > MANY_CACHES else 4 * N_SEGMENTS
@@ -115,7 +117,9 @@ class Program:
             _from_floor(cache.curve, cache.floor, n_segments, slots) for cache, slots in zip(state.caches, near.slots, strict=True)
         ]
         self._fast_curves = [_from_floor(cache.curve, 0, n_segments, n) for cache, n in zip(state.caches, near.fast_slots, strict=True)]
-        self._category = "Integer" if integral and not relaxed else "Continuous"
+        # slots of one size fill a room of whole bundles: the best of them are whole by themselves
+        needed = state.fast is not None or len({cache.bundle_bytes for cache in state.caches}) > 1
+        self._category = "Integer" if integral and not relaxed and needed else "Continuous"
         self._lp = pulp.LpProblem("balancer", pulp.LpMinimize)
         self._taken = [self._lp.add_variable(f"z{i}", 0, 1, "Continuous" if relaxed else "Integer") for i in range(len(rows))]
         self._slots = self._segments("x", self._curves)
@@ -125,8 +129,8 @@ class Program:
     def _floor_bytes(self) -> int:
         return sum(cache.floor * cache.bundle_bytes for cache in self._state.caches)
 
-    def _fast_bytes(self) -> int:
-        return self._state.fast.budget_bytes if self._state.fast else 0
+    def _fast_bytes(self) -> float:
+        return float(whole_bundles(self._state, self._state.fast.budget_bytes)) if self._state.fast else 0.0
 
     def _segments(self, name: str, curves: Sequence[MissCurve]) -> list[list[tuple[Any, float]]]:
         """Of each cache: variables for the slots in each segment, with the misses that each of these saves."""
@@ -149,8 +153,9 @@ class Program:
             self._add_fast_tier()
         ram = [(x, cache.bundle_bytes / MIB) for cache, parts in zip(state.caches, self._slots, strict=True) for x, _ in parts]
         ram += [(y, -cache.bundle_bytes / MIB) for cache, parts in zip(state.caches, self._fast, strict=True) for y, _ in parts]
-        ram += [(z, float(costs.flight_bytes[row]) / MIB) for z, row in zip(self._taken, self._rows, strict=True)]
-        lp += sum_of(ram) <= (state.budget_bytes - self._floor_bytes()) / MIB
+        room = whole_bundles(state, state.budget_bytes - costs.flight_bytes[list(self._rows)])
+        ram += [(z, -float(n) / MIB) for z, n in zip(self._taken, room, strict=True)]
+        lp += sum_of(ram) <= -self._floor_bytes() / MIB
 
         of_model = self._shares("m", False, self._slots, self._curves, 1 / MIB)
         of_draft = self._shares("d", True, self._slots, self._curves, 1 / MIB)

@@ -120,10 +120,9 @@ class State:
         """The largest read: a part of a bundle."""
         return max(cache.bundle_bytes for cache in self.caches) / PARTS
 
-    def bytes_per_s(self, in_flight: int) -> float:
-        """Of the disk, with so many reads in flight."""
-        rate = self.reads.bytes_per_s(self.slice_bytes, in_flight)
-        return min(rate, self.reads.limit_bytes_per_s or rate)
+    def disk_bytes_per_s(self, in_flight: int) -> float:
+        """Of the disk, with so many reads in flight; behind a limit, if there is one, it comes to that in the mean."""
+        return self.reads.bytes_per_s(self.slice_bytes, in_flight)
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,8 @@ int spac_simulate(spac_simulation * s) {
         return code;
     }
     const bool positive = s->n_layers > 0 && s->n_experts > 0 && s->n_experts <= UINT16_MAX && s->n_used > 0 && s->n_bundles > 0;
-    if (!positive || (!s->ids && s->n_tokens > 0) || !s->bundle_bytes || s->policy < SPAC_POLICY_DEFAULT || s->policy > SPAC_POLICY_MIN) {
+    if (!positive || (!s->ids && s->n_tokens > 0) || !s->bundle_bytes || s->policy < SPAC_POLICY_DEFAULT || s->policy > SPAC_POLICY_MIN ||
+        s->ahead_layers < 0) {
         return fail(SPAC_E_ARGUMENT, "spac_simulation: no routing, no room, or no such policy");
     }
     if (s->layer_bundles && (!s->by_layer || std::accumulate(s->layer_bundles, s->layer_bundles + s->n_layers, uint64_t{ 0 }) != s->n_bundles)) {

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 namespace spac {
@@ -34,9 +36,12 @@ struct Visit {
 class Order {
   public:
     virtual ~Order() = default;
+    virtual void foresee(const Visit &) {}           // a ubatch begins: what is expected of it
     virtual void begin(const Visit & visit) = 0;     // what is used; hits were counted
     virtual void insert(int bundle) = 0;
+    virtual void remove(int) {}                      // it was not read to its end
     virtual int  evict(const std::vector<uint8_t> & in_use, int layer) = 0;  // layer -1: any. A bundle, or -1
+    virtual int  evict_for(int, const std::vector<uint8_t> &, int) { return -1; }  // what is worth less than this bundle
 };
 
 // The pager's.
@@ -45,27 +50,8 @@ class DefaultOrder : public Order {
     DefaultOrder(const spac_simulation & s, Bundles bundles)
         : s_(s), bundles_(bundles), policy_(std::vector<int>((size_t) bundles.n_layers, bundles.n_experts)) {}
 
-    void begin(const Visit & visit) override {
-        if (s_.foresight && visit.layer == 0) {
-            foresee(s_.foresight + visit.first_token * 3 * (uint64_t) bundles_.size());
-        }
-        policy_.begin(visit.layer);
-        policy_.use_ubatch(visit.layer, visit.experts, (int64_t) visit.n_tokens, s_.n_used, [&](int64_t token, int i) {
-            return s_.ids[((visit.first_token + (uint64_t) token) * (uint64_t) s_.n_layers + (uint64_t) visit.layer) * (uint64_t) s_.n_used + (uint64_t) i];
-        });
-    }
-    void insert(int bundle) override { policy_.set_present(bundles_.layer(bundle), bundles_.expert(bundle), true); }
-    int  evict(const std::vector<uint8_t> & in_use, int layer) override {
-        const Policy::Victim victim = policy_.cheapest([&](int l, int e) { return !in_use[bundles_.at(l, e)]; }, layer);
-        if (victim.layer < 0) {
-            return -1;
-        }
-        policy_.set_present(victim.layer, victim.expert, false);
-        return bundles_.at(victim.layer, victim.expert);
-    }
-
-  private:
-    void foresee(const float * of_token) {
+    void foresee(const Visit & visit) override {
+        const float * of_token = s_.foresight + visit.first_token * 3 * (uint64_t) bundles_.size();
         if (of_token[0] < 0) {
             return;
         }
@@ -74,7 +60,30 @@ class DefaultOrder : public Order {
             policy_.foresee(layer, of_layer, of_layer + bundles_.size(), of_layer + 2 * bundles_.size());
         }
     }
+    void begin(const Visit & visit) override {
+        policy_.begin(visit.layer);
+        policy_.use_ubatch(visit.layer, visit.experts, (int64_t) visit.n_tokens, s_.n_used, [&](int64_t token, int i) {
+            return s_.ids[((visit.first_token + (uint64_t) token) * (uint64_t) s_.n_layers + (uint64_t) visit.layer) * (uint64_t) s_.n_used + (uint64_t) i];
+        });
+    }
+    void insert(int bundle) override { policy_.set_present(bundles_.layer(bundle), bundles_.expert(bundle), true); }
+    void remove(int bundle) override { policy_.set_present(bundles_.layer(bundle), bundles_.expert(bundle), false); }
+    int  evict(const std::vector<uint8_t> & in_use, int layer) override {
+        return evict_below(std::numeric_limits<double>::infinity(), in_use, layer);
+    }
+    int  evict_for(int bundle, const std::vector<uint8_t> & in_use, int layer) override {
+        return evict_below(policy_.worth(bundles_.layer(bundle), bundles_.expert(bundle)), in_use, layer);
+    }
 
+  private:
+    int evict_below(double worth, const std::vector<uint8_t> & in_use, int layer) {
+        const Policy::Victim victim = policy_.cheapest([&](int l, int e) { return !in_use[bundles_.at(l, e)]; }, layer);
+        if (victim.layer < 0 || victim.worth >= worth) {
+            return -1;
+        }
+        policy_.set_present(victim.layer, victim.expert, false);
+        return bundles_.at(victim.layer, victim.expert);
+    }
     const spac_simulation & s_;
     Bundles                 bundles_;
     Policy                  policy_;
@@ -277,6 +286,124 @@ std::unique_ptr<Order> make_order(const spac_simulation & s, Bundles bundles, co
     }
 }
 
+// What is there.
+class Cache {
+  public:
+    Cache(const spac_simulation & s, Bundles bundles, const std::vector<uint64_t> & capacity, Order & order)
+        : in_use(bundles.size(), 0), bundles_(bundles), by_layer_(s.by_layer != 0), capacity_(capacity), held_(capacity.size(), 0),
+          present_(bundles.size(), 0), order_(order) {}
+
+    bool has(int bundle) const { return present_[bundle]; }
+    // A bundle comes in: false if all places are in use, or what is there is worth more than a guess.
+    bool take_in(int bundle, bool guess = false) {
+        const int layer = by_layer_ ? bundles_.layer(bundle) : -1;
+        uint64_t & held = held_[by_layer_ ? layer : 0];
+        if (held == capacity_[by_layer_ ? layer : 0]) {
+            const int victim = guess ? order_.evict_for(bundle, in_use, layer) : order_.evict(in_use, layer);
+            if (victim < 0) {
+                return false;
+            }
+            present_[victim] = 0;
+            --held;
+        }
+        present_[bundle] = 1;
+        ++held;
+        order_.insert(bundle);
+        return true;
+    }
+
+    void drop(int bundle) {
+        present_[bundle] = 0;
+        --held_[by_layer_ ? bundles_.layer(bundle) : 0];
+        order_.remove(bundle);
+    }
+
+    std::vector<uint8_t> in_use;  // by the layer being computed, or being read
+
+  private:
+    Bundles               bundles_;
+    bool                  by_layer_;
+    std::vector<uint64_t> capacity_, held_;
+    std::vector<uint8_t>  present_;
+    Order &               order_;
+};
+
+// Reads what is expected, the layers in turn, while nothing is demanded.
+class ReadingAhead {
+  public:
+    ReadingAhead(const spac_simulation & s, Bundles bundles, Cache & cache) : s_(s), bundles_(bundles), cache_(cache), left_(bundles.size(), 0) {}
+
+    // Before a layer chooses. Returns how much was read.
+    double read(const Visit & visit) {
+        interrupted_ = false;
+        const float * now = s_.foresight + visit.first_token * 3 * (uint64_t) bundles_.size();
+        if (now[0] < 0) {
+            return 0;
+        }
+        double room = idle_ + s_.idle_bytes;
+        const double begin = room;
+        for (int layer = visit.layer; layer < std::min(s_.n_layers, visit.layer + s_.ahead_layers) && room > 0; ++layer) {
+            for (int bundle : expected(layer, now)) {
+                if (!cache_.has(bundle) && cache_.take_in(bundle, true)) {
+                    cache_.in_use[bundle] = 1;
+                    left_[bundle] = (double) s_.bundle_bytes[layer];
+                }
+                const double n = std::min(room, left_[bundle]);
+                left_[bundle] -= n;
+                room -= n;
+                if (left_[bundle] == 0) {
+                    cache_.in_use[bundle] = 0;
+                }
+                if (room == 0) {
+                    interrupted_ = left_[bundle] > 0;
+                    break;
+                }
+            }
+        }
+        return begin - room;
+    }
+    // It has chosen: what is still to be read of a bundle that is there; it is demanded now.
+    double demand(int bundle) { return std::exchange(left_[bundle], 0); }
+    // What was read of this layer in vain is not gone on with. Returns what a demand waits for besides, a piece in flight.
+    double stop(const Visit & visit, double wait_bytes) {
+        bool wrong = false;
+        for (int e = 0; e < s_.n_experts; ++e) {
+            const int bundle = bundles_.at(visit.layer, e);
+            if (std::exchange(left_[bundle], 0) > 0) {
+                wrong = true;
+                cache_.in_use[bundle] = 0;
+                cache_.drop(bundle);
+            }
+        }
+        const double piece = interrupted_ && wrong && wait_bytes > 0 ? std::min((double) s_.bundle_bytes[visit.layer], piece_bytes) : 0;
+        idle_ = std::max(0.0, s_.idle_use_bytes * (double) visit.experts.size() - wait_bytes - piece);
+        idle_ = visit.layer + 1 < s_.n_layers ? idle_ : 0;  // what comes after the last layer is not known yet
+        return piece;
+    }
+
+  private:
+    static constexpr double piece_bytes = 1 << 20;  // the pager reads guesses in such pieces
+
+    std::vector<int> expected(int layer, const float * now) const {
+        std::vector<int> found;
+        for (int e = 0; e < s_.n_experts; ++e) {
+            const int bundle = bundles_.at(layer, e);
+            if (now[bundle] >= s_.read_from && (!cache_.has(bundle) || left_[bundle] > 0)) {
+                found.push_back(bundle);
+            }
+        }
+        std::stable_sort(found.begin(), found.end(), [&](int a, int b) { return now[a] > now[b]; });
+        return found;
+    }
+
+    const spac_simulation & s_;
+    Bundles                 bundles_;
+    Cache &                 cache_;
+    std::vector<double>     left_;  // of bundles being read
+    double                  idle_ = 0;
+    bool                    interrupted_ = false;
+};
+
 }  // namespace
 
 void simulate(spac_simulation & s) {
@@ -288,45 +415,54 @@ void simulate(spac_simulation & s) {
         capacity[i] = s.layer_bundles ? s.layer_bundles[i] : capacity[i];
     }
     const std::unique_ptr<Order> order = make_order(s, bundles, visits, capacity);
-    std::vector<uint64_t> held(capacity.size(), 0);
-    std::vector<uint8_t>  present((size_t) bundles.size(), 0), in_use((size_t) bundles.size(), 0);
-    std::vector<int>      missed;
+    Cache            cache(s, bundles, capacity, *order);
+    ReadingAhead     ahead(s, bundles, cache);
+    std::vector<int> missed;
     s.hits = s.misses = s.bytes = 0;
     s.n_ubatches = visits.size() / (uint64_t) s.n_layers;
     for (const Visit & visit : visits) {
-        const size_t cache = s.by_layer ? (size_t) visit.layer : 0;
+        if (s.foresight && visit.layer == 0) {
+            order->foresee(visit);
+        }
+        const double read_bytes = s.foresight && s.ahead_layers > 0 ? ahead.read(visit) : 0;
         missed.clear();
+        double   wait_bytes = 0;
+        uint64_t n_missed   = 0;
         for (int32_t e : visit.experts) {
             const int bundle = bundles.at(visit.layer, e);
-            in_use[(size_t) bundle] = 1;
-            if (!present[(size_t) bundle]) {
+            cache.in_use[(size_t) bundle] = 1;
+            const bool   there = cache.has(bundle);
+            const double left  = there ? ahead.demand(bundle) : (double) s.bundle_bytes[visit.layer];
+            wait_bytes += left;
+            n_missed += !there || left > 0;
+            if (!there) {
                 missed.push_back(bundle);
             }
         }
-        s.hits += visit.experts.size() - missed.size();
-        s.misses += missed.size();
-        s.bytes += missed.size() * s.bundle_bytes[visit.layer];
+        s.hits += visit.experts.size() - n_missed;
+        s.misses += n_missed;
+        s.bytes += n_missed * s.bundle_bytes[visit.layer];
         if (s.visit_uses) {
             s.visit_uses[visit.number] = (uint16_t) visit.experts.size();
         }
         if (s.visit_misses) {
-            s.visit_misses[visit.number] = (uint16_t) missed.size();
+            s.visit_misses[visit.number] = (uint16_t) n_missed;
+        }
+        if (s.ahead_layers > 0) {
+            wait_bytes += ahead.stop(visit, wait_bytes);
+        }
+        if (s.visit_wait_bytes) {
+            s.visit_wait_bytes[visit.number] = wait_bytes;
+        }
+        if (s.visit_ahead_bytes) {
+            s.visit_ahead_bytes[visit.number] = read_bytes;
         }
         order->begin(visit);
         for (int bundle : missed) {
-            const int victim = held[cache] < capacity[cache] ? -1 : order->evict(in_use, s.by_layer ? visit.layer : -1);
-            if (victim >= 0) {
-                present[(size_t) victim] = 0;
-                --held[cache];
-            }
-            if (held[cache] < capacity[cache]) {  // else all places are in use: it passes through
-                present[(size_t) bundle] = 1;
-                ++held[cache];
-                order->insert(bundle);
-            }
+            cache.take_in(bundle);  // where all places are in use it passes through
         }
         for (int32_t e : visit.experts) {
-            in_use[(size_t) bundles.at(visit.layer, e)] = 0;
+            cache.in_use[(size_t) bundles.at(visit.layer, e)] = 0;
         }
     }
 }

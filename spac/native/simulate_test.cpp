@@ -171,7 +171,8 @@ TEST_CASE("arguments that make no sense are refused") {
     CHECK(spac_simulate(nullptr) == SPAC_E_ARGUMENT);
     const uint16_t id = 0;
     const uint64_t bytes = 1;
-    s = { sizeof s, &id, nullptr, &bytes, nullptr, nullptr, 1, 1, 1, 8, 1, SPAC_POLICY_MIN + 1, 0, 0, nullptr, nullptr, 0, 0, 0, 0 };
+    s = { sizeof s, &id, nullptr, &bytes, nullptr, nullptr, 1, 1, 1, 8, 1, SPAC_POLICY_MIN + 1, 0,
+          0, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 0 };
     CHECK(spac_simulate(&s) == SPAC_E_ARGUMENT);
     s.policy = SPAC_POLICY_MIN;
     CHECK(spac_simulate(&s) == SPAC_OK);
@@ -184,6 +185,68 @@ TEST_CASE("arguments that make no sense are refused") {
     CHECK(spac_simulate(&s) == SPAC_OK);
     s.n_bundles = 0;
     CHECK(spac_simulate(&s) == SPAC_E_ARGUMENT);
+    s.n_bundles    = 2;
+    s.ahead_layers = -1;
+    CHECK(spac_simulate(&s) == SPAC_E_ARGUMENT);
+}
+
+TEST_CASE("what is expected is read while the disk is idle") {
+    // two layers of four experts of 10 bytes, one a token: 0 then 1, and 2 then 3; the second token's are foreseen, and in layer 0 a wrong one
+    const uint16_t ids[] = { 0, 1, 2, 3 };
+    const uint64_t bytes[] = { 10, 10 };
+    float          foresight[2][3][2][4] = {};
+    foresight[0][0][0][0] = -1;
+    foresight[1][0][0][2] = 0.95f;
+    foresight[1][0][1][3] = 0.95f;
+    double          wait[4], ahead[4];
+    spac_simulation s{};
+    s.struct_size       = sizeof s;
+    s.ids               = ids;
+    s.bundle_bytes      = bytes;
+    s.foresight         = &foresight[0][0][0][0];
+    s.n_tokens          = 2;
+    s.n_bundles         = 4;
+    s.n_layers          = 2;
+    s.n_experts         = 4;
+    s.n_used            = 1;
+    s.ahead_layers      = 2;
+    s.read_from         = 0.9;
+    s.idle_bytes        = 12;
+    s.visit_wait_bytes  = wait;
+    s.visit_ahead_bytes = ahead;
+    const auto check = [&](std::vector<double> waited, std::vector<double> read) {
+        REQUIRE(spac_simulate(&s) == SPAC_OK);
+        CHECK(std::vector<double>(wait, wait + 4) == waited);
+        CHECK(std::vector<double>(ahead, ahead + 4) == read);
+    };
+    check({ 10, 10, 0, 0 }, { 0, 0, 12, 8 });
+    CHECK(s.misses == 2);
+    s.ahead_layers = 1;  // layer 1's turn to be read begins when layer 0 is done
+    check({ 10, 10, 0, 0 }, { 0, 0, 10, 10 });
+    s.idle_bytes = 4;    // it comes too late for the rest
+    check({ 10, 10, 6, 6 }, { 0, 0, 4, 4 });
+    CHECK(s.misses == 4);
+    s.idle_use_bytes = 3;  // of layer 0's expert: its own demand was longer, so the disk was not idle
+    check({ 10, 10, 6, 6 }, { 0, 0, 4, 4 });
+    s.idle_use_bytes = 9;
+    check({ 10, 10, 6, 3 }, { 0, 0, 4, 7 });
+    s.read_from = 0.96;
+    check({ 10, 10, 10, 10 }, { 0, 0, 0, 0 });
+
+    s.read_from           = 0.9;
+    foresight[1][0][0][2] = 0;
+    foresight[1][0][0][3] = 0.95f;  // a wrong guess: what was read of it is lost, and the demand waits for the piece in flight
+    s.idle_use_bytes      = 0;
+    s.ahead_layers        = 1;
+    check({ 10, 10, 20, 6 }, { 0, 0, 4, 4 });
+    s.n_bundles    = 1;  // what is there, layer 1's 1, is pushed out only by what is worth more
+    s.ahead_layers = 2;
+    foresight[1][0][0][3] = 0;
+    for (float chance : { 0.5f, 1.0f }) {
+        foresight[1][0][1][1] = chance;
+        REQUIRE(spac_simulate(&s) == SPAC_OK);
+        CHECK(ahead[2] == (chance < 1 ? 4 : 0));
+    }
 }
 
 TEST_CASE("the pager has exactly the hits and misses of its simulation") {

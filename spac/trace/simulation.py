@@ -20,6 +20,23 @@ QUOTAS: Final = ("auto", "global", "layer")
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Reading ahead while the disk is idle, as the pager does.
+
+    Attributes:
+        layers: how many layers, from the one that is computed next on.
+        idle_bytes: that the disk could read while all of a layer but its experts is computed.
+        idle_use_bytes: the same for one expert; less what is demanded meanwhile.
+        read_from: the least probability of what is read.
+    """
+
+    layers: int
+    idle_bytes: float
+    idle_use_bytes: float
+    read_from: float = 0.9
+
+
+@dataclass(frozen=True)
 class Replay:
     """What a replay counted. A use is one bundle in one layer in one ubatch.
 
@@ -29,7 +46,9 @@ class Replay:
         n_bundles: room in the cache, all layers together.
         bytes: of the bundles missed; None if the trace does not know a bundle's bytes.
         uses: uint16 [ubatches, layers], bundles asked for.
-        missed: uint16 [ubatches, layers], those that were not there.
+        missed: uint16 [ubatches, layers], those that were not there, or not whole.
+        wait_bytes: float64 [ubatches, layers], what was to be read once a layer had chosen.
+        ahead_bytes: float64 [ubatches, layers], what was read before.
     """
 
     policy: str
@@ -40,6 +59,8 @@ class Replay:
     bytes: int | None
     uses: Array
     missed: Array
+    wait_bytes: Array
+    ahead_bytes: Array
 
     @property
     def requests(self) -> int:
@@ -57,6 +78,7 @@ def replay(
     policy: str = "default",
     quota: str | Sequence[int] = "auto",
     foresight: NDArray[np.float32] | None = None,
+    ahead: Ahead | None = None,
 ) -> Replay:
     """Replay a trace from an empty cache with room for `n_bundles`; bundles are fetched on demand.
 
@@ -65,6 +87,7 @@ def replay(
             as the literature has it. Numbers: one for each layer, with room for so many bundles; `n_bundles` is their sum.
         foresight: float32 [tokens, 3, layers, experts], for "default": what the engine would say before each token is decoded
             (`spac.estimator.foresight`); a negative first number: nothing.
+        ahead: with foresight and bytes of bundles; None: all is fetched on demand.
 
     Raises:
         OptionError: no such policy or quota, no room, or foresight of another shape.
@@ -84,6 +107,7 @@ def replay(
     foresight = None if foresight is None else np.ascontiguousarray(foresight, np.float32)
     n_ubatches = len(np.unique(ubatch))
     uses, missed = np.zeros((2, n_ubatches, trace.n_layers), np.uint16)
+    wait_bytes, ahead_bytes = np.zeros((2, n_ubatches, trace.n_layers))
     raw = control.Simulation(
         struct_size=ctypes.sizeof(control.Simulation),
         ids=ids.ctypes.data,
@@ -98,12 +122,19 @@ def replay(
         n_used=trace.n_used,
         policy=POLICIES.index(policy),
         by_layer=by_layer,
+        ahead_layers=ahead.layers if ahead else 0,
+        read_from=ahead.read_from if ahead else 0.0,
+        idle_bytes=ahead.idle_bytes if ahead else 0.0,
+        idle_use_bytes=ahead.idle_use_bytes if ahead else 0.0,
+        visit_wait_bytes=wait_bytes.ctypes.data,
+        visit_ahead_bytes=ahead_bytes.ctypes.data,
         visit_uses=uses.ctypes.data,
         visit_misses=missed.ctypes.data,
     )
     control.check(control.spac_simulate(ctypes.byref(raw)))
     n_bytes = int(raw.bytes) if trace.bundle_bytes else None
-    return Replay(policy, "layer" if by_layer else "global", n_bundles, int(raw.hits), int(raw.misses), n_bytes, uses, missed)
+    quotas = "layer" if by_layer else "global"
+    return Replay(policy, quotas, n_bundles, int(raw.hits), int(raw.misses), n_bytes, uses, missed, wait_bytes, ahead_bytes)
 
 
 def parse_cache(text: str, trace: Trace) -> int:

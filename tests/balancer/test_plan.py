@@ -81,6 +81,7 @@ def check(state: State, plan: Plan) -> None:
 
 KINDS = {
     "equal bundles": {},
+    "two sizes": {"sizes": (3 * KIB, 5 * KIB, 5 * KIB)},
     "unequal bundles": {"sizes": (3 * KIB, 6 * KIB, 15 * KIB)},
     "draft with experts": {"draft": True},
     "fast tier": {"sizes": (3 * KIB, 6 * KIB), "fast": True},
@@ -101,26 +102,30 @@ def test_no_plan_is_better_than_the_programs(kind: str, seed: int) -> None:
     for other in (greedy(state), uniform(state), separate(state), solve(state, integral=False).plan, solve(state, relaxed=True).plan):
         check(state, other)
         assert other.seconds_per_token >= best * (1 - 1e-9)
-    if kind == "equal bundles":
+    if kind in ("equal bundles", "two sizes"):
         assert greedy(state).seconds_per_token == pytest.approx(best)
+        assert solve(state, gap=1e-9).n_choices == 0  # and proven, without a solver
 
 
 def _by_hand(state: State, choice: Choice, slots: tuple[int, ...]) -> float:
     """The formulas of docs/balancer.md, without a fast tier."""
     look = state.lookahead[choice.depth]
-    rate = state.bytes_per_s(choice.in_flight)
+    disk = state.disk_bytes_per_s(choice.in_flight)
+    rate = min(disk, state.reads.limit_bytes_per_s or disk)
     missed = 0.0
     for cache, n in zip(state.caches, slots, strict=True):
         times = choice.drafted if cache.of_draft else state.growth[choice.verified] * (1 - state.sensed[choice.drafted - choice.verified])
         missed += times * cache.bundle_bytes * float(cache.curve.at(n))
-    read_s = missed / rate
+    read_s, wait_s = missed / rate, missed / disk
     compute_s = state.decode_s[choice.verified] + choice.drafted * (state.draft_s or 0)
-    cycle_s = max(compute_s + (1 - look.recall) * read_s, (1 - look.recall + look.recall / look.precision) * read_s)
+    cycle_s = max(compute_s + (1 - look.recall) * wait_s, (1 - look.recall + look.recall / look.precision) * read_s)
     return cycle_s / (1 + sum(state.accepted[: choice.verified]))
 
 
-def test_cost_is_the_documented_one() -> None:
+@pytest.mark.parametrize("limit", [None, 1.5e6, 1e3])
+def test_cost_is_the_documented_one(limit: float | None) -> None:
     state = make_state(4, draft=True)
+    state = replace(state, reads=replace(state.reads, limit_bytes_per_s=limit))
     costs = Costs(state)
     assert len(costs) == 3 * 3 * 2 * 3
     for i in range(len(costs)):
@@ -168,8 +173,10 @@ def test_what_is_too_small_is_said_with_what_would_do() -> None:
     need = floor_bytes(state)
     solve(replace(state, budget_bytes=need))
     for method in (solve, greedy, uniform, separate):
-        with pytest.raises(BudgetError, match=r"^an expert budget of 0\.0 MiB is too small: .* take 0\.0 MiB; raise the memory limit by"):
+        with pytest.raises(BudgetError, match=r"^an expert budget of 0\.0 MiB is too small: .* take 0\.1 MiB; raise the memory limit by") as e:
             method(replace(state, budget_bytes=need - 1))  # type: ignore[operator]
+        advice = float(str(e.value).split()[-2])
+        method(replace(state, budget_bytes=need - 1 + int(advice * (1 << 20))))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

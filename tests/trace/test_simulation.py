@@ -13,7 +13,7 @@ import pytest
 from spac.errors import OptionError
 from spac.estimator.foresight import foresight
 from spac.trace.format import Trace
-from spac.trace.simulation import POLICIES, parse_cache
+from spac.trace.simulation import POLICIES, Ahead, parse_cache
 from spac.trace.simulation import replay as run
 from spac.trace.timing import Compute, Reads, decode_ubatches, layer_s, limited, predict
 from tests.trace.conftest import MakeTrace
@@ -191,3 +191,24 @@ def test_what_is_foreseen_is_kept(make_trace: MakeTrace) -> None:
     assert run(trace, 24, foresight=told).misses == plain.misses
     with pytest.raises(OptionError, match="shape"):
         run(trace, 24, foresight=told[:, :2])
+
+
+def test_what_is_sure_is_read_ahead_while_the_disk_is_idle(make_trace: MakeTrace) -> None:
+    """With the next token known: all of it on an idle disk, nothing on a busy one; what is waited for and what is read ahead are the misses."""
+    trace = make_trace(tokens=200)
+    told = np.zeros((trace.n_tokens, 3, trace.n_layers, trace.n_experts), np.float32)
+    for t in range(trace.n_tokens):
+        np.put_along_axis(told[t, 0], trace.ids[t].astype(np.int64), 1, 1)
+    n, size = 24, float(trace.bundle_bytes[0])
+    plain = run(trace, n, foresight=told)
+    assert (plain.wait_bytes == plain.missed * size).all() and not plain.ahead_bytes.any()
+    unknown = run(replace(trace, bundle_bytes=()), n, foresight=told)
+    assert (unknown.missed == plain.missed).all() and unknown.misses == plain.misses > 0 and unknown.bytes is None
+    busy = run(trace, n, foresight=told, ahead=Ahead(trace.n_layers, 0, 0))
+    assert (busy.wait_bytes == plain.wait_bytes).all()
+    idle = run(trace, n, foresight=told, ahead=Ahead(1, 1e12, 0))
+    assert not idle.wait_bytes.any() and not idle.misses and idle.ahead_bytes.sum() > 0.9 * plain.wait_bytes.sum()
+    some = run(trace, n, foresight=told, ahead=Ahead(trace.n_layers, size / 2, 0))
+    assert 0 < some.wait_bytes.sum() < plain.wait_bytes.sum()
+    assert (some.ahead_bytes <= trace.n_layers * size).all()
+    assert (run(trace, n, foresight=told, ahead=Ahead(1, 1e12, 0, read_from=1.5)).wait_bytes == plain.wait_bytes).all()

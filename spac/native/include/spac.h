@@ -198,8 +198,14 @@ typedef struct spac_simulation {
     int32_t          n_used;        // by a token in a layer
     int32_t          policy;        // SPAC_POLICY_*
     int32_t          by_layer;      // 0: one cache; 1: one for each layer, of n_bundles / n_layers
-    int32_t          reserved;      // 0
+    int32_t          ahead_layers;  // with foresight: before each layer, what is expected of so many, itself the first, is read while
+                                    // the disk is idle, and pushes out what is worth less. 0: nothing is
+    double           read_from;     // expected: with at least this probability now
+    double           idle_bytes;    // that the disk could read while all of a layer but its experts is computed
+    double           idle_use_bytes; // the same for one expert; what is demanded meanwhile is taken off
     // results
+    double *         visit_wait_bytes;  // [n_ubatches][n_layers]: to be read when the layer has chosen; or NULL
+    double *         visit_ahead_bytes; // the same: read before it has, for it and for later layers; or NULL
     uint16_t *       visit_uses;    // [n_ubatches][n_layers]: bundles asked for; room for n_tokens * n_layers, or NULL
     uint16_t *       visit_misses;  // the same: those that were not there
     uint64_t         n_ubatches;
