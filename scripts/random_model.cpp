@@ -15,6 +15,7 @@
 namespace {
 
 constexpr uint32_t N_EXPERTS = 16, N_USED = 4, N_GROUPS = 4, N_GROUPS_USED = 2, N_LAYERS = 4;
+constexpr uint32_t N_FF = 122, N_FF_CHUNK = 90;  // an expert's part is no multiple of a page
 
 // One architecture's keys. The fixture writes them before it is known how many layers are wanted here.
 struct Keys {
@@ -61,12 +62,35 @@ gguf_context_ptr hyperparameters(llm_arch arch) {
     if (n_layers < N_LAYERS) {
         lengthen(keys, n_layers == 3 ? 2 * n_layers : N_LAYERS);
     }
+    if (gguf_get_kv_type(gguf.get(), gguf_find_key(gguf.get(), keys.name(LLM_KV_FEED_FORWARD_LENGTH).c_str())) == GGUF_TYPE_UINT32) {
+        keys.set(LLM_KV_FEED_FORWARD_LENGTH, N_FF);
+    }
+    keys.set(LLM_KV_EXPERT_FEED_FORWARD_LENGTH, N_FF);
     keys.set(LLM_KV_EXPERT_COUNT, N_EXPERTS);
     keys.set(LLM_KV_EXPERT_USED_COUNT, N_USED);
-    keys.set(LLM_KV_EXPERT_GROUP_COUNT, N_GROUPS);
-    keys.set(LLM_KV_EXPERT_GROUP_USED_COUNT, N_GROUPS_USED);
+    if (arch == LLM_ARCH_DEEPSEEK2 || arch == LLM_ARCH_BAILINGMOE2 || arch == LLM_ARCH_NEMOTRON_H_MOE) {  // as their models have it
+        keys.set(LLM_KV_EXPERT_GROUP_COUNT, N_GROUPS);
+        keys.set(LLM_KV_EXPERT_GROUP_USED_COUNT, N_GROUPS_USED);
+    }
     keys.set(LLM_KV_EXPERTS_PER_GROUP, uint32_t(2));
+    keys.set(LLM_KV_INTERLEAVE_MOE_LAYER_STEP, uint32_t(arch == LLM_ARCH_LLAMA4 ? 2 : 1));
+    keys.set(LLM_KV_EXPERT_CHUNK_FEED_FORWARD_LENGTH, N_FF_CHUNK);
+    keys.set(LLM_KV_MOE_EVERY_N_LAYERS, uint32_t(2));
+    keys.set(LLM_KV_TOKENIZER_TOKEN_TYPE_COUNT, uint32_t(1));
+    keys.set(LLM_KV_MOE_LATENT_SIZE, uint32_t(64));
+    if (arch == LLM_ARCH_GEMMA4) {
+        keys.set(LLM_KV_ATTENTION_SLIDING_WINDOW_PATTERN, std::vector<uint32_t>{ 1, 1, 1, 1, 0 });
+    }
     return gguf;
+}
+
+// Upstream's random weights, but such that different tokens use different experts: embeddings that outweigh what layers add,
+// routers with a clear opinion, and next to nothing that is added to all tokens alike before they choose.
+void set_data(ggml_tensor * tensor, void *) {
+    const bool input  = strstr(tensor->name, "token_embd.weight") || strstr(tensor->name, "ffn_gate_inp.weight") || strstr(tensor->name, "_exps.scale");
+    const bool common = strstr(tensor->name, ".bias") && !strstr(tensor->name, "_exps.bias");
+    tensor_data_params params = { 1, input ? 1.0f : common ? 0.001f : 0.1f };
+    set_tensor_data(tensor, &params);
 }
 
 // The tensor's data and, if it is fused and should not be, its two halves: rows of gate, then of up, for each expert.
@@ -95,9 +119,7 @@ void add_tensor(gguf_context * out, const ggml_tensor * tensor, bool separate, s
 
 void write(llm_arch arch, const char * path, bool separate) {
     gguf_context_ptr gguf = hyperparameters(arch);
-    tensor_data_params data = { 1, 0.1f };
-    llama_model_params params = llama_model_default_params();
-    llama_model_ptr model(llama_model_init_from_user(gguf.get(), set_tensor_data, &data, params));
+    llama_model_ptr model(llama_model_init_from_user(gguf.get(), set_data, nullptr, llama_model_default_params()));
     if (!model) {
         throw std::runtime_error("llama.cpp cannot make this model");
     }
@@ -128,6 +150,7 @@ std::set<std::string> multiplied_by_expert(const char * path) {
     llama_model_ptr model(llama_model_load_from_file(path, llama_model_default_params()));
     llama_context_params params = llama_context_default_params();
     params.n_ctx             = 64;
+    params.n_threads         = 1;
     params.cb_eval           = on_node;
     params.cb_eval_user_data = &names;
     llama_context_ptr context(model ? llama_init_from_model(model.get(), params) : nullptr);
