@@ -1,18 +1,22 @@
 // Writes a small model of any mixture-of-experts architecture that llama.cpp knows, with random weights:
 //
-//     random_model ARCHITECTURE OUT.gguf [--separate]
+//     random_model ARCHITECTURE OUT.gguf [--separate] [--mtp]
 //
 // Hyperparameters are those of upstream's own fixture (get_gguf_ctx in tests/test-llama-archs.cpp, which CMakeLists.txt cuts
 // out into fixture.inc), edited here: 16 experts of which 4 are used, more layers, and what the fixture lacks for some
-// architectures. Where llama.cpp takes gate and up fused, they are written fused; --separate writes them apart. Prints the
-// names of the tensors that the model's graph multiplies by expert.
+// architectures. Where llama.cpp takes gate and up fused, they are written fused; --separate writes them apart. With --mtp the
+// last block is one that predicts a further token, which llama.cpp does not load by default. Prints the names of the tensors
+// that the model's graph multiplies by expert.
 #include "fixture.inc"
 #include "llama-model.h"
 
-#include <cstdlib>
 #include <set>
 
 namespace {
+
+struct Options {
+    bool separate = false, mtp = false;
+};
 
 constexpr uint32_t N_EXPERTS = 16, N_USED = 4, N_GROUPS = 4, N_GROUPS_USED = 2, N_LAYERS = 4;
 constexpr uint32_t N_FF = 122, N_FF_CHUNK = 90;  // an expert's part is no multiple of a page
@@ -55,7 +59,7 @@ void lengthen(Keys & keys, uint32_t n_layers) {
     keys.set(LLM_KV_BLOCK_COUNT, n_layers);
 }
 
-gguf_context_ptr hyperparameters(llm_arch arch) {
+gguf_context_ptr hyperparameters(llm_arch arch, const Options & options) {
     gguf_context_ptr gguf = get_gguf_ctx(arch, /* moe = */ true);
     Keys keys(gguf.get(), arch);
     const uint32_t n_layers = keys.get(LLM_KV_BLOCK_COUNT);
@@ -78,6 +82,7 @@ gguf_context_ptr hyperparameters(llm_arch arch) {
     keys.set(LLM_KV_MOE_EVERY_N_LAYERS, uint32_t(2));
     keys.set(LLM_KV_TOKENIZER_TOKEN_TYPE_COUNT, uint32_t(1));
     keys.set(LLM_KV_MOE_LATENT_SIZE, uint32_t(64));
+    keys.set(LLM_KV_NEXTN_PREDICT_LAYERS, uint32_t(options.mtp));
     if (arch == LLM_ARCH_GEMMA4) {
         keys.set(LLM_KV_ATTENTION_SLIDING_WINDOW_PATTERN, std::vector<uint32_t>{ 1, 1, 1, 1, 0 });
     }
@@ -94,10 +99,10 @@ void set_data(ggml_tensor * tensor, void *) {
 }
 
 // The tensor's data and, if it is fused and should not be, its two halves: rows of gate, then of up, for each expert.
-void add_tensor(gguf_context * out, const ggml_tensor * tensor, bool separate, std::vector<std::vector<char>> & kept) {
+void add_tensor(gguf_context * out, const ggml_tensor * tensor, const Options & options, std::vector<std::vector<char>> & kept) {
     const std::string name = tensor->name;
     const size_t at = name.find("ffn_gate_up_exps.");
-    if (!separate || at == std::string::npos) {
+    if (!options.separate || at == std::string::npos) {
         gguf_add_tensor(out, tensor);
         return;
     }
@@ -117,19 +122,28 @@ void add_tensor(gguf_context * out, const ggml_tensor * tensor, bool separate, s
     }
 }
 
-void write(llm_arch arch, const char * path, bool separate) {
-    gguf_context_ptr gguf = hyperparameters(arch);
-    llama_model_ptr model(llama_model_init_from_user(gguf.get(), set_data, nullptr, llama_model_default_params()));
+// Scales of a block that is not loaded: the loader, which made them because they may be there, would not expect them.
+bool is_unexpected(const std::string & name, uint32_t n_layers, const Options & options) {
+    const std::string block = "blk." + std::to_string(n_layers - 1) + ".";
+    return options.mtp && name.compare(0, block.size(), block) == 0 && name.size() > 5 && name.compare(name.size() - 5, 5, "scale") == 0;
+}
+
+void write(llm_arch arch, const char * path, const Options & options) {
+    gguf_context_ptr gguf = hyperparameters(arch, options);
+    llama_model_params params = llama_model_default_params();
+    params.load_mtp = options.mtp;
+    llama_model_ptr model(llama_model_init_from_user(gguf.get(), set_data, nullptr, params));
     if (!model) {
         throw std::runtime_error("llama.cpp cannot make this model");
     }
     gguf_context_ptr out(gguf_init_empty());
     gguf_set_kv(out.get(), gguf.get());
+    const uint32_t n_layers = Keys(gguf.get(), arch).get(LLM_KV_BLOCK_COUNT);
     std::set<std::string> names;  // some are in the list twice: embeddings that are the output too
     std::vector<std::vector<char>> kept;
     for (const auto & [name, tensor] : llama_internal_get_tensor_map(model.get())) {
-        if (names.insert(name).second) {
-            add_tensor(out.get(), tensor, separate, kept);
+        if (names.insert(name).second && !is_unexpected(name, n_layers, options)) {
+            add_tensor(out.get(), tensor, options, kept);
         }
     }
     if (!gguf_write_to_file(out.get(), path, /* only_meta = */ false)) {
@@ -165,12 +179,19 @@ std::set<std::string> multiplied_by_expert(const char * path) {
 
 int main(int argc, char ** argv) {
     const llm_arch arch = argc > 2 ? llm_arch_from_string(argv[1]) : LLM_ARCH_UNKNOWN;
-    if (arch == LLM_ARCH_UNKNOWN || argc > 4 || (argc == 4 && strcmp(argv[3], "--separate") != 0)) {
-        fprintf(stderr, "usage: random_model ARCHITECTURE OUT.gguf [--separate]\n");
+    bool understood = arch != LLM_ARCH_UNKNOWN;
+    Options options;
+    for (int i = 3; i < argc; i++) {
+        options.separate |= strcmp(argv[i], "--separate") == 0;
+        options.mtp      |= strcmp(argv[i], "--mtp") == 0;
+        understood &= strcmp(argv[i], "--separate") == 0 || strcmp(argv[i], "--mtp") == 0;
+    }
+    if (!understood) {
+        fprintf(stderr, "usage: random_model ARCHITECTURE OUT.gguf [--separate] [--mtp]\n");
         return 2;
     }
     try {
-        write(arch, argv[2], argc == 4);
+        write(arch, argv[2], options);
         for (const std::string & name : multiplied_by_expert(argv[2])) {
             printf("%s\n", name.c_str());
         }
