@@ -16,7 +16,8 @@ from typing import Final
 from spac.errors import ModelFileError
 from spac.gguf_reader import GgufFile, Scalar, Tensor, read_gguf
 
-# what is paged; llama.cpp is given the same pattern. Without the `\.weight$` it would catch biases and scales.
+# What is paged: upstream's classes of tensors that MUL_MAT_ID multiplies (LLM_TENSOR_INFOS in llama-arch.cpp), whatever the model; a
+# test compares. llama.cpp is given the same pattern. Without the `\.weight$` it would catch biases and scales.
 EXPERT_PATTERN: Final = r"\.ffn_(gate|up|down|gate_up)_(ch)?exps\.weight$"
 
 _EXPERT = re.compile(r"^blk\.(\d+)" + EXPERT_PATTERN)
@@ -86,6 +87,11 @@ class ModelFacts:
     expert_layers: tuple[ExpertLayer, ...]
     types: dict[str, int]
     has_chat_template: bool
+
+    @property
+    def has_unknown_experts(self) -> bool:
+        """Whether experts are declared, but no tensor is one that can be paged."""
+        return self.n_experts > 0 and not self.expert_layers
 
     @property
     def max_bundle_bytes(self) -> int:

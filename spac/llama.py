@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
 ESTIMATOR_DIVISOR: Final = 64  # the part of `memory` that what the signals learn may take, at most
+UNKNOWN_EXPERTS: Final = "declares %d experts, but none of its tensors is known as experts' and can be paged"
 PAGINGS: Final = ("auto", "on", "off")
+
+_log = logging.getLogger(__name__)
 
 _governor = Governor(
     set_budget=lambda n: void(control.check(control.spac_budget_set(n))),
@@ -152,6 +156,7 @@ class Llama(llama_cpp.Llama):
 
     - `memory` bounds the whole process, Python's share included; see `spac.memory.parse_memory`.
     - The model file is checked first, and errors are `spac.errors`, each with one clear line.
+    - A model that declares experts, but in tensors that are not known, is loaded whole with a warning, if it fits.
     - When experts are paged, the other weights are read past the page cache (load mode "direct I/O") and `use_mlock` is
       refused. When all fits, weights are mapped as stock does, unless repacked copies would then exceed `memory`.
     - `flash_attn` defaults to llama.cpp's own choice ("auto") instead of off.
@@ -315,11 +320,14 @@ class Llama(llama_cpp.Llama):
                 n_ctx=self.context_params.n_ctx,
                 automatic=self._automatic_limit,
             )
-            return plan
         except BudgetError as e:
-            raise BudgetError(f"{facts.path}: {e}") from None
+            known = f"{UNKNOWN_EXPERTS % facts.n_experts}, and " if facts.has_unknown_experts else ""
+            raise BudgetError(f"{facts.path}: {known}{e}") from None
         finally:
             memory.trim_malloc()
+        if facts.has_unknown_experts:
+            _log.warning(f"%s: {UNKNOWN_EXPERTS}; it is loaded whole", facts.path, facts.n_experts)
+        return plan
 
     def _measure(self, path: str, params: Any) -> Sizes:
         context_params = type(self.context_params).from_buffer_copy(self.context_params)

@@ -14,7 +14,8 @@ from pathlib import Path
 import gguf
 import pytest
 
-from spac.errors import SpacError
+import spac
+from spac.errors import BudgetError, SpacError
 from spac.gguf_check import expert_layer_of
 
 REPO = Path(__file__).resolve().parent.parent
@@ -86,3 +87,17 @@ def test_unpaged_experts_are_noticed(tmp_path: Path) -> None:
     multiplied = architectures.make("qwen3moe", path)
     with pytest.raises(SpacError, match=r"not both: blk\.0\.ffn_new_exps\.weight$"):
         architectures.try_model("qwen3moe", path, {*multiplied, "blk.0.ffn_new_exps.weight"})
+
+
+def test_unknown_experts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model that declares experts which are nowhere: loaded whole with a warning if it fits, else an error that says so."""
+    path = tmp_path / "model.gguf"
+    assert not architectures.make("ernie4_5", path)
+    llama = spac.Llama(path, n_ctx=64, paging="on", memory="4G", verbose=False)
+    assert not llama.spac.paged
+    llama.close()
+    assert caplog.messages == [
+        f"{path}: declares 16 experts, but none of its tensors is known as experts' and can be paged; it is loaded whole"
+    ]
+    with pytest.raises(BudgetError, match=r"declares 16 experts, but none of .* can be paged, and needs at least"):
+        spac.Llama(path, n_ctx=64, memory="1M", verbose=False)
