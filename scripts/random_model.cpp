@@ -19,7 +19,7 @@ struct Options {
 };
 
 constexpr uint32_t N_EXPERTS = 16, N_USED = 4, N_GROUPS = 4, N_GROUPS_USED = 2, N_LAYERS = 4;
-constexpr uint32_t N_FF = 122, N_FF_CHUNK = 90;  // an expert's part is no multiple of a page
+constexpr uint32_t N_FF = 62, N_FF_CHUNK = 46;  // an expert's part is no multiple of a page
 
 // One architecture's keys. The fixture writes them before it is known how many layers are wanted here.
 struct Keys {
