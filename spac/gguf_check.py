@@ -17,7 +17,8 @@ from spac.errors import ModelFileError
 from spac.gguf_reader import GgufFile, Scalar, Tensor, read_gguf
 from spac.memory import page_bytes
 
-# what is paged; llama.cpp is given the same pattern. Without the `\.weight$` it would catch biases and scales.
+# What is paged: upstream's classes of tensors that MUL_MAT_ID multiplies (LLM_TENSOR_INFOS in llama-arch.cpp), whatever the model; a
+# test compares. llama.cpp is given the same pattern. Without the `\.weight$` it would catch biases and scales.
 EXPERT_PATTERN: Final = r"\.ffn_(gate|up|down|gate_up)_(ch)?exps\.weight$"
 
 _PAGED = re.compile(EXPERT_PATTERN)

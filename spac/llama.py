@@ -181,6 +181,7 @@ class Llama(llama_cpp.Llama):
 
     - `memory` bounds the whole process, Python's share included; see `spac.memory.parse_memory`.
     - The model file is checked first, and errors are `spac.errors`, each with one clear line.
+    - A model that declares experts, but in tensors that are not known, is loaded whole with a warning, if it fits.
     - When experts are paged, the other weights are read past the page cache (load mode "direct I/O") and `use_mlock` is
       refused. When all fits, weights are mapped as stock does, unless repacked copies would then exceed `memory`.
     - `flash_attn` defaults to llama.cpp's own choice ("auto") instead of off.
