@@ -24,21 +24,23 @@ AT_HWCAP: Final = 16
 AT_HWCAP2: Final = 26
 
 
-def arm_features(auxv: bytes) -> frozenset[str]:
-    """Names, as in /proc/cpuinfo, of the features in a process's auxiliary vector (/proc/self/auxv)."""
+def arm_features(auxv: bytes) -> frozenset[str] | None:
+    """Names, as in /proc/cpuinfo, of the features in a process's auxiliary vector (/proc/self/auxv); None if it does not tell."""
     values = dict(struct.iter_unpack("QQ", auxv[: len(auxv) // 16 * 16]))
+    if AT_HWCAP not in values:
+        return None
     bits = values.get(AT_HWCAP, 0) | values.get(AT_HWCAP2, 0) << 64
     return frozenset(name for name, bit in ARM_BITS.items() if bits >> bit & 1)
 
 
-def x86_features(cpuinfo: str) -> frozenset[str]:
-    """The flags of the first processor in /proc/cpuinfo."""
+def x86_features(cpuinfo: str) -> frozenset[str] | None:
+    """The flags of the first processor in /proc/cpuinfo; None if there are none."""
     line = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
-    return frozenset(line.partition(":")[2].split())
+    return frozenset(line.partition(":")[2].split()) or None
 
 
-def cpu_features() -> frozenset[str]:
-    """Features of this machine's CPU; empty where the system does not tell.
+def cpu_features() -> frozenset[str] | None:
+    """Features of this machine's CPU; None where the system does not tell.
 
     An emulator shows the host's /proc/cpuinfo, but its own CPU in the auxiliary vector; x86 has no such bits there.
     """
@@ -47,7 +49,7 @@ def cpu_features() -> frozenset[str]:
             return arm_features(Path("/proc/self/auxv").read_bytes())
         return x86_features(Path("/proc/cpuinfo").read_text(errors="replace"))
     except OSError:
-        return frozenset()
+        return None
 
 
 def check(folder: Path) -> None:
@@ -73,7 +75,7 @@ def _compare(folder: Path, build: dict[str, Any]) -> None:
             f" install the wheel for {machine}, or run `make build` here"
         )
     features = cpu_features()
-    missing = [feature for feature in build["needs"] if feature not in features]
-    if features and missing:
+    missing = [feature for feature in build["needs"] if features is not None and feature not in features]
+    if missing:
         other = 'take the build "portable" or "armv8"' if machine == "aarch64" else "run `make build` on this machine"
         raise LibraryError(f'the libraries in {folder} (build "{name}") need what this CPU lacks: {", ".join(missing)}; {other}')
