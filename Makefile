@@ -24,10 +24,11 @@ build: native .venv/.spac-installed ## everything that `.venv/bin/spac` needs, w
 demo: build ## a first run: the demo model, in less memory than it needs
 	$(PY) scripts/demo.py
 
-test: build ## native unit tests and pytest; both run, and either failing fails
+test: build ## native unit tests, pytest, and the unit tests again on an emulated ARM CPU; all run, and any failing fails
 	@status=0; \
 	ctest --test-dir build/native --output-on-failure --no-tests=error || status=1; \
 	$(PY) -m pytest || status=1; \
+	JOBS=$(JOBS) scripts/cross unit-tests || status=1; \
 	exit $$status
 
 sanitize: vendor ## native unit tests under ASan + UBSan, then under TSan
@@ -131,6 +132,11 @@ build/wheels/llama-cpp-python.stamp: vendor/llama.cpp.lock | vendor
 .venv/.bench-installed: pyproject.toml .venv/.spac-installed
 	$(PIP_INSTALL) "matplotlib>=3.8" || echo "no matplotlib: tables without plots"
 	$(PIP_INSTALL) "mlcommons-loadgen>=5" || echo "no LoadGen: its check is left out"
+	@touch $@
+
+# what scripts/cross asks for the tag of a wheel
+.venv/.cross-installed: constraints.txt .venv/.build-tools
+	$(PIP_INSTALL) "auditwheel>=6"
 	@touch $@
 
 native: vendor

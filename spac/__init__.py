@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from spac.errors import (
@@ -65,6 +65,12 @@ __all__ = [
 ]
 
 
+NO_LIBRARY: Final = (
+    "libspac.so was not found: install spac from its wheel, or run `make build` in its source folder"
+    " (LLAMA_CPP_LIB_PATH, if it is set, must name a folder that holds libspac.so)"
+)
+
+
 def _find_library_folder() -> Path | None:
     """The folder that holds libspac.so: what LLAMA_CPP_LIB_PATH names if it does, else `lib` in the package."""
     chosen = os.environ.get("LLAMA_CPP_LIB_PATH")
@@ -93,9 +99,26 @@ def _prepare(folder: Path | None) -> None:
             variables_set.add(name)
 
 
+class _LibraryCheck:
+    """Sees `llama_cpp` being imported: what is wrong with the libraries that it is about to load is said here, in one line."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name != "llama_cpp":
+            return
+        from spac import build
+        from spac.errors import LibraryError
+
+        if library_folder is not None:
+            build.check(library_folder)
+        elif not (Path(os.environ.get("LLAMA_CPP_LIB_PATH", "")) / "libllama.so").is_file():  # else: another llama.cpp, wanted as it is
+            raise LibraryError(NO_LIBRARY)
+
+
 library_folder = _find_library_folder()
 variables_set: set[str] = set()  # environment variables that this import gave a value: not for other programs that we start
 _prepare(library_folder)
+sys.meta_path.insert(0, _LibraryCheck)  # a finder that finds nothing
 
 
 def __getattr__(name: str) -> Any:

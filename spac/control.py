@@ -267,10 +267,7 @@ _S = TypeVar("_S", bound=ctypes.Structure)
 def _load_library() -> ctypes.CDLL:
     folder = spac.library_folder
     if folder is None:
-        raise LibraryError(
-            "libspac.so was not found: install spac from its wheel, or run `make build` in its source folder"
-            " (LLAMA_CPP_LIB_PATH, if it is set, must name a folder that holds libspac.so)"
-        )
+        raise LibraryError(spac.NO_LIBRARY)
     try:
         import llama_cpp.llama_cpp as upstream
 

@@ -324,6 +324,16 @@ std::string library_folder() {
     return slash == std::string::npos ? "." : path.substr(0, slash);
 }
 
+// Upstream names each module that it loads on stderr; nobody has asked for that yet.
+void load_backends() {
+    ggml_log_callback log;
+    void *            user_data;
+    ggml_log_get(&log, &user_data);
+    ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+    ggml_backend_load_all_from_path(library_folder().c_str());
+    ggml_log_set(log, user_data);
+}
+
 }  // namespace
 
 ggml_backend_buffer_type_t buffer_type() {
@@ -340,7 +350,7 @@ int register_buffer_type() {
     }
     ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     if (!cpu) {  // a build with GGML_BACKEND_DL: upstream would look for the modules beside the executable, which is Python
-        ggml_backend_load_all_from_path(library_folder().c_str());
+        load_backends();
         cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     }
     if (!cpu) {
