@@ -61,7 +61,7 @@ def main() -> None:
             print(row(model, profile), flush=True)
     load = os.getloadavg()[0]
     print(f"\nLoad of this machine's {os.cpu_count()} processors meanwhile: {load:.1f}.", end="")
-    print(" Others computed, so products were timed too slow: these are pessimistic.\n" if load > 2 * (os.cpu_count() or 1) else "\n")
+    print(" Others computed, so products were timed too slow, most of all for prompts: run it again on an idle machine.\n" if load > 1.5 * (os.cpu_count() or 1) else "\n")
 
 
 if __name__ == "__main__":
