@@ -76,7 +76,7 @@ bench: build stock .venv/.bench-installed build/demo/4g.gguf ## everything, hour
 	@if $(PY) -c 'import mlperf_loadgen' 2>/dev/null; then set -x; \
 	$(BENCH) build/demo/4g.gguf --profile native --name loadgen --resume --loadgen --repeats 1 --prompts-per-run 5 --out $(BENCH_OUT); fi
 
-synth: build ## synthetic models with the structure of known ones, up to 35B, run paged; 20 minutes, 12 GB of disk
+synth: build ## synthetic models with the structure of known ones, up to 35B, run paged; some minutes, 4 GB of disk
 	$(PY) scripts/synth_study.py --out docs/benchmarks/synth.md
 
 build/demo/spac-demo-1g.gguf: | build

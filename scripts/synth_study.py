@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 
 from spac.errors import SpacError
 from spac.memory import MIB, available_bytes, format_bytes, parse_memory
-from spac.synth import STRUCTURES, Content, synthesise
+from spac.structures import STRUCTURES
+from spac.synth import Content, synthesise
 
 N_CTX, N_PROMPT, N_DECODED = 512, 64, 12
 T = TypeVar("T")

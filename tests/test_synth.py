@@ -20,7 +20,8 @@ from spac import device
 from spac.errors import ModelFileError, OptionError
 from spac.gguf_check import check_model
 from spac.gguf_reader import read_gguf
-from spac.synth import STRUCTURES, Structure, Written, synthesise
+from spac.structures import STRUCTURES, Structure
+from spac.synth import Written, synthesise
 from tests.conftest import Result
 from tests.devices import make_device
 
