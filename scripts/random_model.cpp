@@ -21,7 +21,7 @@ struct Options {
 constexpr uint32_t N_EXPERTS = 16, N_USED = 4, N_GROUPS = 4, N_GROUPS_USED = 2, N_LAYERS = 4;
 constexpr uint32_t N_FF = 62, N_FF_CHUNK = 46;  // an expert's part is no multiple of a page
 
-// One architecture's keys. The fixture writes them before it is known how many layers are wanted here.
+// One architecture's keys.
 struct Keys {
     gguf_context * gguf;
     LLM_KV         name;
@@ -29,8 +29,6 @@ struct Keys {
     Keys(gguf_context * gguf, llm_arch arch) : gguf(gguf), name(arch) {}
 
     void set(llm_kv key, uint32_t value) { gguf_set_val_u32(gguf, name(key).c_str(), value); }
-    void set(llm_kv key, float value) { gguf_set_val_f32(gguf, name(key).c_str(), value); }
-    void set(llm_kv key, bool value) { gguf_set_val_bool(gguf, name(key).c_str(), value); }
     void set(llm_kv key, const std::vector<uint32_t> & values) {
         gguf_set_arr_data(gguf, name(key).c_str(), GGUF_TYPE_UINT32, values.data(), values.size());
     }
