@@ -105,3 +105,10 @@ def test_the_abi_from_c(tmp_path: Path) -> None:
     assert hits.keys() == {"spac", "LRU", "LFU", "best possible"}
     assert hits["best possible"] == max(hits.values())
     assert lines[5] == "an error reads: no paged model has id 1 (closed?)"
+
+
+@pytest.mark.parametrize(("name", "reason"), [("armv7", "armv7: spac needs a 64-bit system"), ("pi6", "there is no build 'pi6'")])
+def test_a_cross_build_that_does_not_exist_is_one_line(name: str, reason: str) -> None:
+    result = subprocess.run([ROOT / "scripts" / "cross", name], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(rf"cross: {re.escape(reason)}.*; builds: armv8, pi5, orin, portable\n", result.stderr)
