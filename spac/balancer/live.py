@@ -27,7 +27,8 @@ from spac.trace.timing import PARTS, Reads
 _log = logging.getLogger(__name__)
 
 FIRST_PLAN: Final = 8  # decodes
-WEIGHT: Final = 0.2  # of a new value in a running mean
+FAST: Final = 0.2  # weight of a new value in a running mean: of times and misses, which change with the machine
+SLOW: Final = 0.03  # the same of what a text or a draft is like: from a few tokens of one kind it is up to 4 % off (docs/balancer.md)
 CHANGED: Final = 1.4  # a mean that has changed by this factor asks for a new plan
 CHANGED_CHANCE: Final = 0.15  # a chance, by this much
 LEAST_STEPS: Final = 4  # decodes between two plans
@@ -48,16 +49,17 @@ LEAST_AHEAD_BYTES: Final = 1 << 20  # by decode, to be measured
 
 
 class Mean:
-    """A running mean; None before the first value."""
+    """A running mean; None before the first value. `weight`: of a new value, once there are enough."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: float = FAST) -> None:
         self.value: float | None = None
+        self._weight = weight
         self._n = 0
 
     def add(self, value: float) -> None:
         self._n += 1
         before = self.value or 0.0
-        self.value = before + max(WEIGHT, 1 / self._n) * (value - before)
+        self.value = before + max(self._weight, 1 / self._n) * (value - before)
 
     def get(self, default: float = 0.0) -> float:
         return default if self.value is None else self.value
@@ -90,28 +92,31 @@ class Measured:
     """Running means of what plans hang on.
 
     Attributes:
-        compute_s, misses: of a decode, by how many drafted tokens it verified.
-        stall_s: of a decode that verified none.
+        compute_s: of a decode, by how many drafted tokens it verified; `growth`: its misses, in those of a decode that verified none.
+        misses, stall_s: of a decode that verified none.
         draft_s: for each token.
         accepted: of each drafted token, the chance that it and those before it are right.
         known: of each drafted token and its alternatives, the chance that one of them comes.
     """
 
     compute_s: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_VERIFIED + 1)])
-    misses: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_VERIFIED + 1)])
+    growth: list[Mean] = field(default_factory=lambda: [Mean(SLOW) for _ in range(MOST_VERIFIED + 1)])
     accepted: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_VERIFIED)])
-    known: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_DRAFTED)])
+    known: list[Mean] = field(default_factory=lambda: [Mean(SLOW) for _ in range(MOST_DRAFTED)])
+    misses: Mean = field(default_factory=Mean)
     stall_s: Mean = field(default_factory=Mean)
     draft_s: Mean = field(default_factory=Mean)
-    recall: Mean = field(default_factory=Mean)
-    precision: Mean = field(default_factory=Mean)
+    recall: Mean = field(default_factory=lambda: Mean(SLOW))
+    precision: Mean = field(default_factory=lambda: Mean(SLOW))
     budget_bytes: int = 0
 
     def add(self, decode: Decode) -> None:
         if decode.verified <= MOST_VERIFIED:
             self.compute_s[decode.verified].add(max(0.0, decode.seconds - decode.stall_s))
-            self.misses[decode.verified].add(decode.misses)
+            if decode.verified and self.misses.get() >= 1:
+                self.growth[decode.verified].add(decode.misses / self.misses.get())
         if decode.verified == 0:
+            self.misses.add(decode.misses)
             self.stall_s.add(decode.stall_s)
         self.budget_bytes = decode.budget_bytes
         if decode.ahead_bytes >= LEAST_AHEAD_BYTES:
@@ -130,7 +135,7 @@ class Measured:
 
     def marks(self) -> tuple[float, ...]:
         """By which a change is noticed."""
-        return self.stall_s.get(), self.misses[0].get(), self.compute_s[0].get(), self.draft_s.get(), float(self.budget_bytes)
+        return self.stall_s.get(), self.misses.get(), self.compute_s[0].get(), self.draft_s.get(), float(self.budget_bytes)
 
     def changed(self, marks: Sequence[float], chance: float) -> bool:
         """Since these marks, and this chance of the first drafted token."""
@@ -163,15 +168,15 @@ class Model:
         """What the balancer is told. `drafts`: there is a draft; `verifies`: its tokens may be verified."""
         slots = max(self.floor, min(self.n_bundles, measured.budget_bytes // self.bundle_bytes))
         even = self.n_used * (1 - slots / self.n_bundles)
-        misses = min(measured.misses[0].get(), even)
+        misses = min(measured.misses.get(), even)
         points = [(0, float(self.n_used)), (slots, misses), (self.n_bundles, 0.0)][: 2 if slots == self.n_bundles else 3]
         curve = MissCurve(np.array([n for n, _ in points]), np.array([m for _, m in points]))
         # all that decoding waits for, by the bytes that it misses: what hides behind computing is left out on both sides
         rate = self.bundle_bytes * misses / measured.stall_s.get() if measured.stall_s.get() > 0 and misses > 0 else 1e15
         n = len([mean for mean in measured.accepted if mean.value is not None]) if drafts and verifies else 0
-        base_s, base = measured.compute_s[0].get(), max(measured.misses[0].get(), 1e-9)
+        base_s = measured.compute_s[0].get()
         compute = [mean.get(base_s * (1 + GUESSED_SLOPE * i)) for i, mean in enumerate(measured.compute_s[: n + 1])]
-        growth = [mean.get(base * (1 + i)) / base if base > 1e-6 else 1.0 for i, mean in enumerate(measured.misses[: n + 1])]
+        growth = [mean.get(1.0 + i) for i, mean in enumerate(measured.growth[: n + 1])]
         known = [mean.get() for mean in measured.known] if drafts else []
         recall, precision = measured.recall.get(GUESSED_LOOKAHEAD.recall), measured.precision.get(GUESSED_LOOKAHEAD.precision)
         slice_bytes = self.bundle_bytes // PARTS
