@@ -7,7 +7,7 @@
     .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 11.3    # docs/benchmarks/plan/time-model.md
 
 Each run is a process of its own in a profile's limits. It answers one of the benchmark's prompts of each kind, each from no expert in
-memory, with `spac run`'s settings (greedy text of so small a model goes round in a circle). Predicted by the header, the limit and what `spac tune` measured. Runs that are
+memory, sampled with a penalty on repetition. Predicted by the header, the limit and what `spac tune` measured. Runs that are
 there already are kept.
 
 `--time-model` tries the time model alone: runs of scripts/measure_paging.py, with the misses that they had instead of those of the curve,
@@ -39,10 +39,11 @@ from spac.gguf_check import check_model
 PROFILES: Final = ("native-500M", "pi5-8g-nvme", "pi5-sd", "native")
 MEMORIES: Final = (12, 25, 50)
 TOKENS: Final = 64
-RUN_S: Final = 90  # about; a slow cell decodes fewer tokens
+RUN_S: Final = 50  # about; a slow cell decodes fewer tokens
 LEAST_TOKENS: Final = 16
 KINDS: Final = 5  # prompts of a run, one after another, cold each time
 CTX: Final = 4096
+REPEAT_PENALTY: Final = 1.2  # without it, text of so small a model soon goes round in a circle, which misses nothing
 AIM: Final = 0.15
 DISTURBED: Final = 0.1
 
@@ -50,7 +51,7 @@ DISTURBED: Final = 0.1
 def run_worker(config: dict[str, Any]) -> None:
     """A run, as a process of its own: prints one JSON object."""
     import spac
-    from spac.generate import Sampling, make_sampler
+    from spac.seam import internals
 
     llama = spac.Llama(config["model"], memory=config["memory"], n_ctx=CTX, n_batch=512, n_threads=config["threads"], verbose=False)
     answers = []
@@ -63,7 +64,11 @@ def run_worker(config: dict[str, Any]) -> None:
         llama.eval(tokens)
         answer: dict[str, Any] = {"prompt_tokens": len(tokens), "ttft_s": time.perf_counter() - begin}
         before = llama.spac.stats()
-        with contextlib.closing(make_sampler(Sampling(0.8, 40, 0.95, 0.05, config["seed"]))) as sampler:
+        with contextlib.closing(internals.LlamaSampler()) as sampler:
+            sampler.add_penalties(llama.n_vocab(), 64, REPEAT_PENALTY, 0.0, 0.0)
+            sampler.add_top_k(40)
+            sampler.add_temp(0.8)
+            sampler.add_dist(config["seed"])
             begin = time.perf_counter()
             for _ in range(config["tokens"]):
                 llama.eval([sampler.sample(llama._ctx, -1)])
