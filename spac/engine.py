@@ -184,7 +184,7 @@ class Foresight:
             drafts = _candidates(*proposal, len(tokens) - 1)
         known = [[(token, 1.0)] for token in tokens]
         choice = self.balancer.choice
-        read_from = self._read_from if choice is None or choice.depth else NEVER
+        read_from = self._read_from if choice is not None and choice.depth else NEVER
         if self.estimator.tokens_learned == 0 or (not drafts and ("tokens" not in self.signals or read_from >= NEVER)):
             return
         p = self.estimator.of_candidates([*known, *drafts])

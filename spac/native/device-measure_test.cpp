@@ -62,6 +62,7 @@ TEST_CASE("reads that cannot be are refused") {
 }
 
 TEST_CASE("products are timed for types with and without another layout") {
+    REQUIRE(spac_init() == SPAC_OK);  // the CPU backend may be a module
     for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q6_K, GGML_TYPE_IQ2_XXS, GGML_TYPE_F16 }) {
         for (int n_tokens : { 1, 8 }) {
             spac_products test{};

@@ -207,7 +207,7 @@ def test_a_read_that_fails(cli: Cli, model_path: Path, monkeypatch: pytest.Monke
 
     def check_and_fail(code: int) -> int:
         if code > 0:
-            control.spac_mock_fail_reads(code, 3, 1, 5)
+            control.spac_mock_fail_reads(code, 3, 1000, 5)  # one of a guess would be tried again
         return check(code)
 
     monkeypatch.setattr(seam.control, "check", check_and_fail)
