@@ -122,7 +122,7 @@ class Foresight:
         self._model_id = model_id
         self._place = {layer: i for i, layer in enumerate(layers)}
         self._learned_before = 0
-        self._proposal: tuple[Proposal, Sequence[float]] | None = None
+        self._coming: list[list[tuple[int, float]]] = []  # of the proposal: which tokens may come, with the chance of each
         self._pending: _Decoded | None = None
         self._now: Floats | None = None  # predicted for the token being decoded
         self._drafted: Floats | None = None  # the same, when it was only drafted
@@ -163,8 +163,8 @@ class Foresight:
             chances: of each proposed token, that it and those before it come.
             draft_s: seconds that the proposal took.
         """
-        self._proposal = proposal, chances
-        known = [sum(chance for _, chance in candidates) for candidates in _candidates(proposal, chances, 0)]
+        self._coming = _candidates(proposal, chances, 0)
+        known = [sum(chance for _, chance in candidates) for candidates in self._coming]
         self.balancer.drafted(chances, known, draft_s + self._lookup_s)
 
     def before(self, position: int, tokens: list[int] | None) -> None:
@@ -175,13 +175,12 @@ class Foresight:
         """
         begin = self._begun_s = time.perf_counter()
         self._learn(position, tokens)
-        proposal, self._proposal = self._proposal, None
+        proposed, self._coming = self._coming, []
         self._now, self._drafted, self._after = None, self._after, None
         if tokens is None or self._calm_tokens >= IDLE_TOKENS:
             return
-        drafts: list[list[tuple[int, float]]] = []
-        if proposal is not None and "draft" in self.signals:
-            drafts = _candidates(*proposal, len(tokens) - 1)
+        # chances fall along a proposal, so what follows the verified tokens is the end of what was proposed
+        drafts = proposed[len(tokens) - 1 :] if "draft" in self.signals else []
         known = [[(token, 1.0)] for token in tokens]
         choice = self.balancer.choice
         read_from = self._read_from if choice is not None and choice.depth else NEVER

@@ -70,7 +70,7 @@ void Pager::add_model(std::shared_ptr<Model> model, int n_io_threads) {
         peak_ = used_.load();
     }
     models_.push_back(std::move(model));
-    budget_ = std::min(granted_.load(), std::max(cap_, floor()));
+    budget_ = usable();
     while ((int) threads_.size() < n_io_threads) {
         threads_.emplace_back([this] { work(); });
     }
@@ -158,9 +158,14 @@ uint64_t Pager::floor() const {
     return most;
 }
 
-// Brings the budget to what is granted, or to the cap if that is less, and what is used down to the budget; or lets it grow.
+// What is granted, or the cap if that is less.
+uint64_t Pager::usable() const {
+    return std::min(granted_.load(), std::max(cap_, floor()));
+}
+
+// Brings the budget to what is usable now, and what is used down to the budget; or lets it grow.
 void Pager::follow_budget(Lock & lock) {
-    budget_ = std::min(granted_.load(), std::max(cap_, floor()));
+    budget_ = usable();
     arrived_.notify_all();
     while (used_ > budget_) {
         Victim victim = cheapest();

@@ -206,6 +206,7 @@ class Pager {
 
     // room
     uint64_t floor() const;
+    uint64_t usable() const;
     void follow_budget(Lock & lock);
     bool make_room(const Job & job, Claim claim, Refusal & refusal);
     bool idle(PagedTensor & tensor, int expert) const;
