@@ -3,12 +3,14 @@
 Gains fall with every further slot, so taking slots in the order of what they save for their bytes is optimal for as many bytes
 (Fox: Discrete optimization via marginal analysis, Management Science 13(3), 1966). Bundles of one size leave no room over.
 Two sizes trade places at the end of that order: every number of the larger ones is tried, so they are exact, too; of more sizes
-each pair is traded once. With a fraction of the next slot the order is a bound that no plan passes (Dantzig's, of the knapsack problem).
+three trade, within WINDOW of the order. With a fraction of the next slot the order is a bound that no plan passes (Dantzig's, of the
+knapsack problem).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +23,7 @@ from spac.balancer.state import Plan, State
 
 Ints = NDArray[np.int64]
 CELLS: Final = 256
+WINDOW: Final = 16  # bundles of a size, more or fewer than in the order
 
 
 class Filling:
@@ -70,9 +73,13 @@ class Filling:
             bound += float(saves[n]) * left / float(sizes[n])
         of_size = {int(size): np.flatnonzero(sizes == size) for size in np.unique(sizes)}
         taken = {size: int(np.searchsorted(rows, n)) for size, rows in of_size.items()}
-        for small, large in itertools.combinations(of_size, 2):
-            others = sum(size * count for size, count in taken.items() if size not in (small, large))
-            taken[small], taken[large] = _best_pair(saves[of_size[small]], saves[of_size[large]], small, large, budget_bytes - others)
+        if len(of_size) == 2:
+            (small, large), room = of_size, budget_bytes
+            taken[small], taken[large] = _best_pair(saves[of_size[small]], saves[of_size[large]], small, large, room)
+        for three in itertools.combinations(of_size, 3):
+            room = budget_bytes - sum(size * count for size, count in taken.items() if size not in three)
+            best = _best_three([saves[of_size[size]] for size in three], three, [taken[size] for size in three], room)
+            taken |= zip(three, best, strict=True)
         rows = np.concatenate([of_size[size][:count] for size, count in taken.items()] or [np.zeros(0, np.int64)])
         if len(of_size) == 2:
             bound = float(saves[rows].sum())
@@ -131,6 +138,19 @@ def _best_pair(saves_small: Floats, saves_large: Floats, small_bytes: int, large
     of_small, of_large = (np.concatenate([[0.0], np.cumsum(saves)]) for saves in (saves_small, saves_large))
     best = int(np.argmax(of_small[n_small] + of_large[n_large]))
     return int(n_small[best]), int(n_large[best])
+
+
+def _best_three(saves: Sequence[Floats], sizes: Sequence[int], taken: Sequence[int], room_bytes: float) -> list[int]:
+    """How many bundles of three sizes to take: of the larger two some more or fewer than in `taken`, of the smallest what fits."""
+    of_small, of_middle, of_large = (np.concatenate([[0.0], np.cumsum(part)]) for part in saves)
+    n_middle, n_large = (
+        np.arange(max(0, n - WINDOW), min(len(part), n + WINDOW) + 1) for n, part in zip(taken[1:], saves[1:], strict=True)
+    )
+    left = room_bytes - n_middle[:, None] * sizes[1] - n_large * sizes[2]
+    n_small = np.clip(left // sizes[0], 0, len(saves[0])).astype(np.int64)
+    saved = np.where(left >= 0, of_small[n_small] + of_middle[n_middle][:, None] + of_large[n_large], -1.0)
+    i, j = np.unravel_index(int(np.argmax(saved)), saved.shape)
+    return [int(n_small[i, j]), int(n_middle[i]), int(n_large[j])]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ PuLP is imported when the first program is built: it takes longer to import than
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -207,9 +208,12 @@ class Program:
         pulp = self._pulp
         if solver == "auto":
             solver = "highs" if importlib.util.find_spec("highspy") else "cbc"
+        name = "HiGHS" if solver == "highs" else "PULP_CBC_CMD"
         try:
-            name = "HiGHS" if solver == "highs" else "PULP_CBC_CMD"
-            self._lp.solve(pulp.getSolver(name, msg=False, threads=1, timeLimit=deadline_s, gapRel=gap))
+            with tempfile.TemporaryDirectory(prefix="spac-") as folder:  # PuLP leaves CBC's files behind when it fails
+                chosen = pulp.getSolver(name, msg=False, threads=1, timeLimit=deadline_s, gapRel=gap)
+                chosen.tmpDir = folder
+                self._lp.solve(chosen)
         except Exception as e:  # a solver may raise anything
             raise SolverError(f"{solver}: {e or type(e).__name__}") from None
         if self._lp.sol_status != pulp.LpSolutionOptimal:

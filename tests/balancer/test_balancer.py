@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,10 +59,11 @@ def test_what_marginal_gains_prove_needs_no_solver(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_marginal_gains_take_over_and_it_is_said_once(
-    failure: str, solver: str, said: str, knapsack: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    failure: str, solver: str, said: str, knapsack: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     import pulp
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     if failure == "no PuLP":
         monkeypatch.setitem(sys.modules, "pulp", None)
     if failure == "it crashes":
@@ -74,6 +76,7 @@ def test_marginal_gains_take_over_and_it_is_said_once(
     assert record.getMessage().startswith("the balancer goes on without its solver, by marginal gains: ")
     with pytest.raises(SolverError, match=said):
         solve(knapsack, solver=solver, deadline_s=deadline_s)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_machine_without_highspy(knapsack: State) -> None:
