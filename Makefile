@@ -75,6 +75,7 @@ bench: build stock .venv/.bench-installed build/demo/4g.gguf ## everything, hour
 	$(BENCH) build/demo/4g.gguf --suite latency --name latency --resume --prompts-per-run 5 $(BENCH_FLAGS)
 	@if $(PY) -c 'import mlperf_loadgen' 2>/dev/null; then set -x; \
 	$(BENCH) build/demo/4g.gguf --profile native --name loadgen --resume --loadgen --repeats 1 --prompts-per-run 5 --out $(BENCH_OUT); fi
+	$(PY) scripts/synth_study.py --out $(BENCH_OUT)/synth.md
 
 synth: build ## synthetic models with the structure of known ones, up to 35B, run paged; some minutes, 4 GB of disk
 	$(PY) scripts/synth_study.py --out docs/benchmarks/synth.md
