@@ -1,4 +1,4 @@
-# Writes build.json beside the libraries: what they were built for, which spac/build.py compares with the machine that it runs on.
+# Writes build.json beside the libraries: what they were built for, which spac/host/build.py compares with the machine that it runs on.
 #
 # Upstream puts its instruction flags on the CPU backend only. The compiler itself is asked what they allow; names are those in
 # /proc/cpuinfo. On x86 only what kernels have listed for long: a CPU must not be refused for the kernel's not naming a feature.

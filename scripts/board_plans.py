@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spac.memory import format_bytes
+from spac.host.memory import format_bytes
 
 PROFILES = ("pi5-8g-nvme", "pi5-sd", "pi4-usb3", "jetson-orin-nano-nvme")
 

@@ -11,10 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-from spac import limits
 from spac.errors import SpacError
-from spac.inflate import inflate
-from spac.memory import format_bytes
+from spac.gguf.inflate import inflate
+from spac.host import limits
+from spac.host.memory import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "models" / "spac-demo-moe.gguf"

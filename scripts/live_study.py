@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from spac import limits
 from spac.bench import profile as profiles
 from spac.bench import prompt as prompts
+from spac.host import limits
 
 MIB: Final = 1 << 20
 DRAFT: Final = Path(__file__).resolve().parent.parent / "models" / "spac-demo-draft.gguf"
@@ -73,8 +73,7 @@ def worker(part: str, model: Path, *rest: object, **limit: Any) -> tuple[dict[st
 
 def open_model(model: Path, memory_bytes: int) -> tuple[Any, Any]:
     import spac
-    from spac.draft import DraftLlama, ModelDraft
-    from spac.speculative import Speculation
+    from spac.speculative import DraftLlama, ModelDraft, Speculation
 
     draft = ModelDraft(DraftLlama(DRAFT, memory=memory_bytes, n_ctx=1024, verbose=False))
     llama = spac.Llama(model, memory=memory_bytes, paging="on", n_ctx=1024, verbose=False)

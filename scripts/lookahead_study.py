@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 import spac
 from spac.bench.prompt import load as load_prompts
-from spac.draft import Acceptance, DraftLlama, ModelDraft, Proposal
 from spac.engine import SignalStats, _candidates
 from spac.estimator import Reliability, TokenEstimator
 from spac.estimator.foresight import foresight
 from spac.generate import Sampling, generate, tokenize
+from spac.speculative import Acceptance, DraftLlama, ModelDraft, Proposal
 from spac.trace.format import Trace
 from spac.trace.simulation import parse_cache, replay
 

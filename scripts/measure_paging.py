@@ -34,12 +34,12 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from spac import limits as cgroups
 from spac.bench import profile as profiles
 from spac.bench import record as records
 from spac.bench import worker
 from spac.bench.runner import FIXED, default_threads
-from spac.gguf_check import EXPERT_PATTERN
+from spac.gguf.check import EXPERT_PATTERN
+from spac.host import limits as cgroups
 from spac.trace.format import Trace
 from spac.trace.simulation import replay
 from spac.trace.timing import READS_IN_FLIGHT, Compute, Reads, limited, predict
@@ -101,7 +101,7 @@ def serve_reads(model: str) -> None:
 
 def expert_slices(model: str) -> dict[int, list[list[tuple[int, int]]]]:
     """Offset and length by layer, tensor (in the order in which they are computed) and expert."""
-    from spac.gguf_reader import read_gguf
+    from spac.gguf.reader import read_gguf
 
     order = ("up", "gate", "gate_up", "down")
     found: dict[int, list[tuple[int, list[tuple[int, int]]]]] = {}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Misses by share of the experts in memory, request by request from an empty cache: what spac/miss_curve.py interpolates.
+"""Misses by share of the experts in memory, request by request from an empty cache: what spac/plan/miss_curve.py interpolates.
 
     .venv/bin/python scripts/trace_demo.py build/demo/run.npz --as-run
     .venv/bin/python scripts/miss_curve.py build/demo/run.npz [TRACE ...] > docs/benchmarks/plan/misses.md

@@ -29,12 +29,12 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from spac import limits as cgroups
 from spac.bench import profile as profiles
 from spac.bench import prompt as prompts
 from spac.bench import record as records
 from spac.cli import plan as plans
-from spac.gguf_check import check_model
+from spac.gguf.check import check_model
+from spac.host import limits as cgroups
 
 PROFILES: Final = ("native-500M", "pi5-8g-nvme", "pi5-sd", "native")
 MEMORIES: Final = (12, 25, 50)
@@ -192,7 +192,7 @@ def time_model(folder: Path, repack_per_s: float) -> str:
     import measure_paging as paging
 
     from spac.device import Device, ProductRow, ReadRow
-    from spac.forecast import LayerWork, Machine, Work, decode_s
+    from spac.plan.forecast import LayerWork, Machine, Work, decode_s
 
     runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
     lines = [

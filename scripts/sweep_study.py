@@ -41,14 +41,14 @@ from spac.balancer.heuristics import greedy
 from spac.bench import profile
 from spac.bench.prompt import KINDS
 from spac.bench.prompt import load as load_prompts
-from spac.draft import Acceptance, DraftLlama, ModelDraft, Proposal
 from spac.engine import _candidates
 from spac.estimator import TokenEstimator
 from spac.estimator.foresight import foresight
-from spac.forecast import OPS_PER_LAYER, TOKEN_S, LayerWork, Machine, Work
 from spac.generate import Sampling, make_sampler, tokenize
-from spac.gguf_check import check_model
-from spac.gguf_reader import read_gguf
+from spac.gguf.check import check_model
+from spac.gguf.reader import read_gguf
+from spac.plan.forecast import OPS_PER_LAYER, TOKEN_S, LayerWork, Machine, Work
+from spac.speculative import Acceptance, DraftLlama, ModelDraft, Proposal
 from spac.trace.format import Trace
 from spac.trace.simulation import Ahead, Replay, parse_cache, replay
 from spac.trace.timing import PARTS, READS_IN_FLIGHT, Compute, Reads, layer_s

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spac.errors import SpacError
-from spac.memory import MIB, available_bytes, format_bytes, parse_memory
-from spac.structures import STRUCTURES
-from spac.synth import Content, synthesise
+from spac.gguf.structures import STRUCTURES
+from spac.gguf.synth import Content, synthesise
+from spac.host.memory import MIB, available_bytes, format_bytes, parse_memory
 
 N_CTX, N_PROMPT, N_DECODED = 512, 64, 12
 T = TypeVar("T")
@@ -46,9 +46,9 @@ def run_one(path: Path, memory: str, unpaged: bool) -> dict[str, Any]:
     import numpy as np
 
     import spac
-    from spac.gguf_check import check_model
-    from spac.memory import peak_resident_bytes
-    from spac.sizes import measure_default_sizes
+    from spac.gguf.check import check_model
+    from spac.host.memory import peak_resident_bytes
+    from spac.plan.sizes import measure_default_sizes
 
     header_s, facts = timed(lambda: check_model(path))
     sizes_s, sizes = timed(lambda: measure_default_sizes(str(path), facts, n_ctx=N_CTX, n_ubatch=512, n_threads=2))

@@ -106,8 +106,8 @@ class _LibraryCheck:
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         if name != "llama_cpp":
             return
-        from spac import build
         from spac.errors import LibraryError
+        from spac.host import build
 
         if library_folder is not None:
             build.check(library_folder)

@@ -1,7 +1,7 @@
 """The control channel: libspac's C ABI (spac/native/include/spac.h) in ctypes.
 
 Importing this module loads llama_cpp and libspac.so, compares every struct's layout with the library's own and registers
-the pager with the CPU backend. It knows no policy: budgets and plans come from `spac.memory`.
+the pager with the CPU backend. It knows no policy: budgets and plans come from `spac.governor` and `spac.plan`.
 """
 
 from __future__ import annotations

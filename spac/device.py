@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import spac
 from spac import cache
-from spac.cores import allowed_cores
 from spac.errors import ModelFileError, OptionError, SpacError
-from spac.gguf_reader import TENSOR_TYPES
-from spac.memory import KIB, MIB, format_bytes
-from spac.system import System, cpu_model, mount_of
+from spac.gguf.reader import TENSOR_TYPES
+from spac.host.cores import allowed_cores
+from spac.host.memory import KIB, MIB, format_bytes
+from spac.host.system import System, cpu_model, mount_of
 
 if TYPE_CHECKING:
     from spac.trace.timing import Reads

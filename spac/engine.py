@@ -23,11 +23,11 @@ from spac.balancer.live import Decode, LiveBalancer, Model
 from spac.estimator import TokenEstimator, load, save
 from spac.estimator.foresight import foresight
 from spac.estimator.tokens import Floats
-from spac.miss_curve import misses
+from spac.plan.miss_curve import misses
 
 if TYPE_CHECKING:
-    from spac.draft import Proposal
-    from spac.gguf_check import ModelFacts
+    from spac.gguf.check import ModelFacts
+    from spac.speculative import Proposal
 
 _log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spac import memory
 from spac.errors import BudgetError
-from spac.memory import format_bytes
+from spac.host import memory
+from spac.host.memory import format_bytes
 from spac.plan import reserve_bytes
 
 

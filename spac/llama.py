@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, Any, Final
 import llama_cpp
 import llama_cpp.llama_cpp as upstream
 
-from spac import control, log, memory, seam
-from spac.cores import physical_cores
+from spac import control, log, seam
 from spac.errors import BudgetError, DecodeError, ModelFileError, OptionError, SpacError
-from spac.gguf_check import ModelFacts, check_model
+from spac.gguf.check import ModelFacts, check_model
 from spac.governor import Governor
-from spac.plan import Paging, Plan, Sizes, fit
-from spac.sizes import measure_sizes
+from spac.host import memory
+from spac.host.cores import physical_cores
+from spac.plan import Paging, Plan, Sizes
+from spac.plan.fit import fit
+from spac.plan.sizes import measure_sizes
 from spac.stats import SIGNALS, LayerStats, ModelInfo, ModelStats, RoutingEvent
 
 if TYPE_CHECKING:
     from spac.balancer.live import LiveBalancer
-    from spac.draft import Proposal
     from spac.engine import Foresight, SignalStats
+    from spac.speculative import Proposal
     from spac.trace.recorder import Recorder
 
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
@@ -179,14 +181,14 @@ class Llama(llama_cpp.Llama):
 
     All arguments of `llama_cpp.Llama` keep their meaning. The differences:
 
-    - `memory` bounds the whole process, Python's share included; see `spac.memory.parse_memory`.
+    - `memory` bounds the whole process, Python's share included; see `spac.host.memory.parse_memory`.
     - The model file is checked first, and errors are `spac.errors`, each with one clear line.
     - A model that declares experts, but in tensors that are not known, is loaded whole with a warning, if it fits.
     - When experts are paged, the other weights are read past the page cache (load mode "direct I/O") and `use_mlock` is
       refused. When all fits, weights are mapped as stock does, unless repacked copies would then exceed `memory`.
     - `flash_attn` defaults to llama.cpp's own choice ("auto") instead of off.
     - `n_ubatch`, if it is not given, is 512 as in stock, or less where experts are paged and compute buffers of that size
-      would take more than an eighth of `memory` from them (`spac.plan.paged_ubatch`).
+      would take more than an eighth of `memory` from them (`spac.plan.fit.paged_ubatch`).
     - `n_threads` and `n_threads_batch` default to the physical cores, instead of half of and all the logical ones.
     - `n_ctx=0` takes the training context from the file, as stock does, but before the memory plan is made.
     - A decode can be stopped by `spac.cancel()` and fails with `ExpertReadError` when weights cannot be read. Afterwards the

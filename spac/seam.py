@@ -17,7 +17,7 @@ import llama_cpp.llama_cpp as upstream
 
 from spac import control, log
 from spac.errors import Cancelled, DecodeError, LibraryError, ModelFileError, SpacError
-from spac.gguf_check import EXPERT_PATTERN
+from spac.gguf.check import EXPERT_PATTERN
 
 if TYPE_CHECKING:
     from spac.engine import Foresight

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import spac  # noqa: F401 - before any test imports llama_cpp: it says where the libraries are
-from spac.inflate import inflate
+from spac.gguf.inflate import inflate
 
 _cache = tempfile.TemporaryDirectory(prefix="spac-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name  # what is learned by one run stays there, not in the user's

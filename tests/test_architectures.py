@@ -15,7 +15,7 @@ import gguf
 import pytest
 
 from spac.errors import SpacError
-from spac.gguf_check import expert_layer_of
+from spac.gguf.check import expert_layer_of
 
 REPO = Path(__file__).resolve().parent.parent
 

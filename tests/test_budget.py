@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import spac
-from spac import limits
+from spac.host import limits
 from tests.conftest import MODELS
 
 MIB = 1 << 20

@@ -15,13 +15,12 @@ import spac
 from spac import control
 from spac.balancer.state import Choice
 from spac.bench.prompt import load as load_prompts
-from spac.draft import DraftLlama, ModelDraft, Proposal
 from spac.engine import HORIZON, Foresight, SignalStats, _candidates
 from spac.estimator import TokenEstimator
 from spac.estimator.foresight import STEP_DISCOUNT, TAIL, foresight
 from spac.generate import Sampling, generate, tokenize
-from spac.memory import MIB, resident_bytes
-from spac.speculative import Speculation
+from spac.host.memory import MIB, resident_bytes
+from spac.speculative import DraftLlama, ModelDraft, Proposal, Speculation
 
 LIMIT = "300M"
 

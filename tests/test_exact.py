@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 import spac
-from spac.inflate import inflate
+from spac.gguf.inflate import inflate
 from spac.stats import ModelStats
 
 N_PROMPT, N_DECODED = int(os.environ.get("SPAC_EXACT_PROMPT", 320)), 12  # fewer in an emulator: scripts/cross test

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from spac import memory
-from spac.bench import board
+from spac.host import board, memory
 from tests import refusing
 
 Run = Callable[..., dict[str, Any]]

@@ -15,8 +15,8 @@ import pytest
 
 import spac
 from spac.errors import BudgetError
-from spac.gguf_check import check_model
-from spac.gguf_reader import read_gguf
+from spac.gguf.check import check_model
+from spac.gguf.reader import read_gguf
 from tests.conftest import Result
 
 KEPT = 31  # experts of the tensor that has lost one

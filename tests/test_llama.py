@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import spac
-from spac import control, memory
+from spac import control
+from spac.host import memory
 
 PROMPT = "The open() system call"
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "n_threads": 2, "seed": 1}

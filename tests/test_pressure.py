@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import spac
-from spac import limits
 from spac.errors import BudgetError, OptionError
+from spac.host import limits
 
 MIB = 1 << 20
 PROMPT = "The purpose of this page is " * 20  # long enough to fill the budget
@@ -19,7 +19,7 @@ PROMPT = "The purpose of this page is " * 20  # long enough to fill the budget
 # waited for that there is room again; the test's time limit ends a wait in vain.
 WORKER = """
 import json, subprocess, sys, time, spac
-from spac import memory
+from spac.host import memory
 from spac.generate import Sampling, generate, tokenize
 
 HOG = "import sys\\nheld = []\\nfor line in sys.stdin:\\n  held.append(bytearray(b'x' * (4 << 20)))\\n  print(len(held), flush=True)"

@@ -19,7 +19,7 @@ from spac.bench.prompt import Prompt
 from spac.bench.suite import Row
 from spac.bench.worker import DRAFTING, read_events
 from spac.errors import OptionError, SpacError
-from spac.limits import LimitedRun, Limits
+from spac.host.limits import LimitedRun, Limits
 from spac.stats import SIGNALS
 
 ROOT: Final = Path(__file__).resolve().parents[2]

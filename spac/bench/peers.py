@@ -15,8 +15,8 @@ from typing import Any, Final
 from spac.bench.contender import Command, Contender, Spec, Task, TryRun
 from spac.bench.record import decode_tokens_per_s
 from spac.errors import OptionError, SpacError
-from spac.limits import LimitedRun
-from spac.memory import MIB
+from spac.host.limits import LimitedRun
+from spac.host.memory import MIB
 
 
 class Peer(Contender):
@@ -173,7 +173,7 @@ class BigMoe(Peer):
 
 def candidates(task: Task) -> list[int]:
     """Cache sizes to try for BigMoeOnEdge, MiB, the most promising first: what the limit leaves after dense weights and some more."""
-    from spac.gguf_check import check_model
+    from spac.gguf.check import check_model
 
     facts = check_model(str(task.model))
     dense = facts.file_bytes - facts.expert_bytes

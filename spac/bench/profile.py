@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from spac.bench import data
-from spac.cores import allowed_cores
 from spac.errors import OptionError
-from spac.limits import Limits
-from spac.memory import parse_memory
+from spac.host.cores import allowed_cores
+from spac.host.limits import Limits
+from spac.host.memory import parse_memory
 
 FOLDER: Final = Path(__file__).resolve().parent / "profiles"
 LIMITED: Final = ("memory", "read_bytes_per_s", "read_iops", "cores", "cpu_share")
@@ -27,7 +27,7 @@ class Profile:
         name: of its file.
         title: in words.
         memory: "7G", or "25%" of the model file; None: no limit.
-        read_bytes_per_s, read_iops, cores, cpu_share: see `spac.limits.Limits`.
+        read_bytes_per_s, read_iops, cores, cpu_share: see `spac.host.limits.Limits`.
         sources: where each figure is from.
     """
 

@@ -8,7 +8,7 @@ Keys of a record, besides those of `LimitedRun`:
     prompts: for each prompt kind, id, prompt_tokens, ttft_s (from reading the prompt on, loading not included), token_s (seconds
         for each token after the first; empty where only mean_token_s and tokens are known), token_ids, and decode: what was counted
         between the first and the last token (eval_s in llama_decode, cpu_s, device_read_bytes, and the pager's counters).
-    load_s, expert, layers: what spac says at the end. board: see `board.py`. tuning: what a contender tried out beforehand.
+    load_s, expert, layers: what spac says at the end. board: see `spac.host.board`. tuning: what a contender tried out beforehand.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from spac.cores import allowed_cores
 from spac.errors import OptionError, SpacError
 from spac.estimator import fingerprint
-from spac.memory import MIB
+from spac.host.cores import allowed_cores
+from spac.host.memory import MIB
 
 FORMAT: Final = 1
 ROOT: Final = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from typing import Any
 from spac.bench import record as records
 from spac.bench.latency import Percentiles, summarise
 from spac.bench.record import Record
-from spac.memory import format_bytes
+from spac.host.memory import format_bytes
 
 Groups = dict[str, dict[str, list[Record]]]  # row name -> contender -> runs
 

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from spac import limits as cgroups
 from spac.bench import record as records
-from spac.bench.board import Meter
 from spac.bench.contender import Command, Contender, Task
 from spac.bench.profile import Profile
 from spac.bench.prompt import Prompt
 from spac.bench.suite import Row
-from spac.cores import allowed_cores
 from spac.errors import SpacError
-from spac.limits import LimitedRun, Limits, RunInterrupted
+from spac.host import limits as cgroups
+from spac.host.board import Meter
+from spac.host.cores import allowed_cores
+from spac.host.limits import LimitedRun, Limits, RunInterrupted
 
 # What rows with a fixed length read: cut or repeated to so many tokens.
 FIXED: Final = Prompt(

@@ -11,7 +11,7 @@ from typing import Any, Final
 from spac.bench import data
 from spac.bench.profile import Profile, memory_bytes
 from spac.errors import OptionError
-from spac.limits import Limits
+from spac.host.limits import Limits
 
 FOLDER: Final = Path(__file__).resolve().parent / "suites"
 DEFAULT_CONTENDERS: Final = ("stock:mmap", "spac")

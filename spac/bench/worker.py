@@ -60,8 +60,7 @@ def load_draft(config: dict[str, Any]) -> Any:
     arguments = config["arguments"]
     if not arguments.get("draft"):
         return None
-    from spac.draft import DraftLlama, ModelDraft, NgramDraft
-    from spac.speculative import Speculation
+    from spac.speculative import DraftLlama, ModelDraft, NgramDraft, Speculation
 
     if arguments["draft"] == "ngram":
         draft: Any = NgramDraft()
@@ -115,7 +114,7 @@ class Engine:
     """A loaded model, with clocks around its decodes."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        from spac.limits import device_of
+        from spac.host.limits import device_of
 
         self.config = config
         self.device = device_of(Path(config["model"]))
@@ -166,7 +165,7 @@ class Engine:
 
     def counters(self) -> dict[str, float]:
         """What has been counted since the load."""
-        from spac.limits import device_read_bytes
+        from spac.host.limits import device_read_bytes
 
         found: dict[str, float] = {"eval_s": self.eval_s, "cpu_s": time.process_time()}
         for name, value in (("device_read_bytes", device_read_bytes(self.device)), ("process_read_bytes", process_read_bytes())):
@@ -235,7 +234,7 @@ def run(config: dict[str, Any]) -> None:
 
 def summary(engine: Engine) -> dict[str, Any]:
     """What is known at the end."""
-    from spac.memory import peak_resident_bytes
+    from spac.host.memory import peak_resident_bytes
 
     found: dict[str, Any] = {"peak_rss_bytes": peak_resident_bytes(), "process_read_bytes": process_read_bytes()}
     if engine.config["arguments"].get("load_mode") == "mlock":

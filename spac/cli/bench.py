@@ -92,7 +92,7 @@ def bench(
     from spac.bench import profile as profiles
     from spac.bench import prompt as prompt_files
     from spac.bench import runner
-    from spac.gguf_check import check_model
+    from spac.gguf.check import check_model
 
     parts = tuple(Path(part).resolve() for part in check_model(model).parts)
     device = profiles.load(profile or "native") if suite is None else None

@@ -28,7 +28,7 @@ def doctor(
 ) -> int:
     """Look at board, kernel, memory and disk, and say what to do for speed. Changes nothing."""
     from spac.doctor import examine
-    from spac.system import System
+    from spac.host.system import System
 
     findings = examine(System(), place_of(model or Path()))
     if as_json:

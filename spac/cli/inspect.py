@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from spac.cli import options as opt
-from spac.gguf_check import ModelFacts
-from spac.memory import format_bytes
-from spac.remote import headers_of
+from spac.gguf.check import ModelFacts
+from spac.gguf.remote import headers_of
+from spac.host.memory import format_bytes
 
 
 def inspect(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, TextIO
 
-from spac.memory import format_bytes
+from spac.host.memory import format_bytes
 
 if TYPE_CHECKING:
     from spac.generate import Generation

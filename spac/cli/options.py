@@ -13,7 +13,7 @@ import typer
 
 from spac.cli import terminal
 from spac.errors import BudgetError, Cancelled
-from spac.memory import MIB, check_address_space, format_bytes, resident_bytes
+from spac.host.memory import MIB, check_address_space, format_bytes, resident_bytes
 from spac.stats import SIGNALS
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def load(options: LoadOptions) -> tuple[Llama, float]:
         SpacError: it cannot be loaded.
         KeyboardInterrupt: Ctrl-C came meanwhile.
     """
-    from spac.gguf_check import check_model
+    from spac.gguf.check import check_model
 
     # before anything heavy is imported
     check_model(options.model)
@@ -194,20 +194,18 @@ def load_with_draft(options: LoadOptions, drafting: DraftOptions) -> tuple[Llama
     draft = drafting.draft
     if draft in ("off", "auto", "ngram"):
         llama, load_s = load(options)
-        from spac.draft import NgramDraft
-        from spac.speculative import Speculation
+        from spac.speculative import NgramDraft, Speculation
 
         speculation = Speculation(NgramDraft() if draft == "ngram" else None, drafting.draft_max, horizon=drafting.horizon)
         with _closed_if_refused(llama):
             speculation.check(llama)
         return llama, speculation, load_s
-    from spac.gguf_check import check_model
+    from spac.gguf.check import check_model
 
     facts, draft_facts = check_model(options.model), check_model(draft)
     check_address_space(IMPORT_BYTES)
     begin = time.perf_counter()
-    from spac.draft import DRAFT_UBATCH, DraftLlama, ModelDraft
-    from spac.speculative import Speculation
+    from spac.speculative import DRAFT_UBATCH, DraftLlama, ModelDraft, Speculation
 
     if draft_facts.expert_bytes and options.paging is Paging.auto:
         options = replace(options, paging=Paging.on)  # experts of both share one budget

@@ -14,15 +14,15 @@ import typer
 from spac.cli import options as opt
 from spac.cli.terminal import note
 from spac.errors import OptionError, SpacError
-from spac.memory import GIB, MIB, format_bytes
+from spac.host.memory import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from spac.device import Device
-    from spac.forecast import Choice, Forecast, Point, Question, Work
-    from spac.gguf_check import ModelFacts
-    from spac.limits import Limits
+    from spac.gguf.check import ModelFacts
+    from spac.host.limits import Limits
+    from spac.plan.forecast import Choice, Forecast, Point, Question, Work
 
 BAR: int = 40  # columns of the longest bar
 
@@ -52,11 +52,11 @@ def plan(
     debug: opt.Debug = False,
 ) -> int:
     """Tell whether a model fits and how fast it will be, from its header alone."""
-    from spac.remote import headers_of
+    from spac.gguf.remote import headers_of
 
     with headers_of(model) as (paths, facts):
         question, device_used, limit_bytes = ask(paths, facts, device, memory, ctx, ubatch, prompt_tokens)
-        from spac.forecast import curve, quantisations
+        from spac.plan.forecast import curve, quantisations
 
         answer = question.answer(limit_bytes)
         points = curve(question, limit_bytes)
@@ -72,15 +72,15 @@ def ask(
     paths: tuple[str, ...], facts: ModelFacts, profile: str | None, memory: str | None, ctx: int, ubatch: int | None, prompt_tokens: int
 ) -> tuple[Question, Device, int]:
     """The question, the device that was measured, and the memory limit in bytes."""
-    from spac.forecast import GROWTH_BYTES, Machine, Question, Work
-    from spac.gguf_reader import read_gguf
-    from spac.memory import auto_limit_bytes, parse_memory, resident_bytes
+    from spac.gguf.reader import read_gguf
+    from spac.host.memory import auto_limit_bytes, parse_memory, resident_bytes
+    from spac.plan.forecast import GROWTH_BYTES, Machine, Question, Work
 
     limits = limits_of(profile, facts)
     given = parse_memory(memory) if memory is not None else limits.memory_bytes
     work = Work.of(facts, (tensor for path in paths for tensor in read_gguf(path).tensors))
-    from spac.cores import physical_cores
-    from spac.sizes import measure_default_sizes
+    from spac.host.cores import physical_cores
+    from spac.plan.sizes import measure_default_sizes
 
     threads = min(limits.cores or sys.maxsize, physical_cores())
     n_ctx = ctx or facts.n_ctx_train or 4096
@@ -102,7 +102,7 @@ def limits_of(profile: str | None, facts: ModelFacts) -> Limits:
     Raises:
         OptionError: there is no such profile.
     """
-    from spac.limits import Limits
+    from spac.host.limits import Limits
 
     if profile is None:
         return Limits()
@@ -121,8 +121,8 @@ def find_device(model: str | None, work: Work) -> Device:
         SpacError: neither could be done.
     """
     from spac import cache, device
-    from spac.cores import physical_cores
-    from spac.forecast import CANDIDATES, block_of
+    from spac.host.cores import physical_cores
+    from spac.plan.forecast import CANDIDATES, block_of
 
     place = Path.cwd() if model is None else Path(model)
     if place.is_file() and place.stat().st_size < device.SIZES[-1]:
@@ -224,7 +224,7 @@ def rows(facts: ModelFacts, question: Question, answer: Forecast, device: Device
     elif not facts.expert_layers:
         how = "yes, whole: a dense model, nothing is paged"
     elif made.paged:
-        from spac.forecast import resident_share
+        from spac.plan.forecast import resident_share
 
         how = f"yes: {resident_share(question.work, made):.0%} of the experts in memory, the others are read when they are needed"
     else:
@@ -283,7 +283,7 @@ def show_choices(console: Console, choices: list[Choice], facts: ModelFacts) -> 
     """The same model in other types."""
     from rich.table import Table
 
-    from spac.forecast import READING_SPEED, pick
+    from spac.plan.forecast import READING_SPEED, pick
 
     picked = pick(choices)
     if picked is None:

@@ -142,7 +142,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
 
 def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any]:
     """What `--json` prints. Times in seconds, memory in bytes; `expert` is null if nothing is paged, `draft` without a draft."""
-    from spac.memory import peak_resident_bytes
+    from spac.host.memory import peak_resident_bytes
 
     plan, stats, info = llama.spac.plan, llama.spac.stats(), llama.spac.info()
     expert = None

@@ -100,7 +100,7 @@ def select(trace: Trace, requests: Requests, tokens: int | None, bundle_bytes: s
     """The part of a trace that was asked for."""
     from dataclasses import replace
 
-    from spac.memory import parse_memory
+    from spac.host.memory import parse_memory
 
     part = trace.of_requests(requests.value)
     if tokens is not None and tokens < part.n_tokens:
@@ -112,7 +112,7 @@ def select(trace: Trace, requests: Requests, tokens: int | None, bundle_bytes: s
 
 def load_reads(path: str, limit: str | None) -> Reads:
     """Measured reads, behind a limit if one is given."""
-    from spac.memory import parse_memory
+    from spac.host.memory import parse_memory
     from spac.trace.timing import Reads, limited
 
     measured = Reads.load(path)
@@ -147,7 +147,7 @@ def show(trace: Trace, results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from spac.memory import format_bytes
+    from spac.host.memory import format_bytes
 
     columns = ["cache", "policy", "caches", "hits", "misses", "to LRU"]
     timed = "tokens_per_s" in results[0] if results else False

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from spac.memory import format_bytes
+from spac.host.memory import format_bytes
 
 if TYPE_CHECKING:
     from spac.generate import Generation
@@ -108,7 +108,7 @@ def draft_line(stats: DraftStats) -> str:
 
 def stats_lines(llama: Llama, generation: Generation | None, load_s: float) -> list[str]:
     """What `--stats` and `/stats` show."""
-    from spac.memory import peak_resident_bytes
+    from spac.host.memory import peak_resident_bytes
 
     lines = [f"load     {load_s:.2f} s"]
     if generation is not None:

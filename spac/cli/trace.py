@@ -88,7 +88,7 @@ def repeated(trace: Trace) -> float:
 
 def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The same for people."""
-    from spac.memory import format_bytes
+    from spac.host.memory import format_bytes
 
     phases = ", ".join(f"{n} {name}" for name, n in report["phases"].items() if n)
     table = [

@@ -12,7 +12,7 @@ import typer
 from spac.cli import options as opt
 from spac.cli.terminal import note
 from spac.errors import SpacError
-from spac.memory import KIB, format_bytes
+from spac.host.memory import KIB, format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,7 @@ def tune(
 ) -> int:
     """Measure this machine's disk, processor and memory, in under a minute, and keep it."""
     from spac import device
-    from spac.cores import physical_cores
+    from spac.host.cores import physical_cores
 
     kept = device.path_of(place)
     found = None

@@ -1,6 +1,6 @@
 """What of this machine matters for paging experts, and what to do about it: `spac doctor`.
 
-Each module looks at one thing and yields findings. All of them read through `spac.system.System`, so that a recorded tree of another
+Each module looks at one thing and yields findings. All of them read through `spac.host.system.System`, so that a recorded tree of another
 machine can be examined; what only a running machine can say comes in as `Probed`. Nothing here measures or changes anything.
 """
 

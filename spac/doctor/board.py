@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from spac.bench import board
 from spac.doctor.finding import Finding, Level
-from spac.system import System, board_model, cpu_model, whole
+from spac.host import board
+from spac.host.system import System, board_model, cpu_model, whole
 
 # bits of the firmware's get_throttled; shifted by 16: has happened since the start
 _THROTTLED: Final = {0: "under-voltage", 1: "clock capped", 2: "throttled", 3: "soft temperature limit"}

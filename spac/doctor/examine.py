@@ -10,8 +10,8 @@ import spac
 from spac.doctor import board, kernel, model_file, process, storage
 from spac.doctor.finding import Finding, Level
 from spac.errors import LibraryError, SpacError
+from spac.host.system import System
 from spac.stats import StoresProbe
-from spac.system import System
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from spac.bench.board import pressure_s
 from spac.doctor.finding import Finding, Level
-from spac.memory import KIB, cgroup_limits, format_bytes
+from spac.host.board import pressure_s
+from spac.host.memory import KIB, cgroup_limits, format_bytes
+from spac.host.system import System, whole
 from spac.stats import StoresProbe
-from spac.system import System, whole
 
 
 def check(system: System, probe: StoresProbe | None) -> Iterator[Finding]:

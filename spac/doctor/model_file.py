@@ -16,8 +16,8 @@ from typing import Final
 
 from spac.doctor.finding import Finding, Level
 from spac.errors import SpacError
-from spac.gguf_check import ModelFacts, check_model
-from spac.memory import KIB, MIB, format_bytes
+from spac.gguf.check import ModelFacts, check_model
+from spac.host.memory import KIB, MIB, format_bytes
 from spac.stats import StoresProbe
 
 _FS_IOC_FIEMAP: Final = 0xC020660B  # _IOWR('f', 11, struct fiemap)

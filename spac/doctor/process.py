@@ -10,8 +10,8 @@ from typing import Final
 
 import spac
 from spac.doctor.finding import Finding, Level
-from spac.memory import format_bytes
-from spac.system import System
+from spac.host.memory import format_bytes
+from spac.host.system import System
 
 LIBRARIES: Final = ("llama-cpp-python", "gguf", "numpy", "psutil", "PuLP", "highspy", "typer", "rich")
 FEW_FILES: Final = 256

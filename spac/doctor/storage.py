@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from spac.doctor.finding import Finding, Level
-from spac.memory import KIB, format_bytes
-from spac.system import System, board_model, mount_of, unescape, whole
+from spac.host.memory import KIB, format_bytes
+from spac.host.system import System, board_model, mount_of, unescape, whole
 
 # GT/s: (generation, bytes a second on a lane after the line code)
 _PCIE: Final = {

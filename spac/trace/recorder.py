@@ -13,7 +13,7 @@ from spac.stats import RoutedLayer
 from spac.trace.format import PHASES, Array, Trace
 
 if TYPE_CHECKING:
-    from spac.gguf_check import ModelFacts
+    from spac.gguf.check import ModelFacts
 
 MISSING = 65535
 

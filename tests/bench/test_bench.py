@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from spac import limits
 from spac.bench import plots
+from spac.host import limits
 from tests.bench.test_contender import BIGMOE
 from tests.conftest import Result
 

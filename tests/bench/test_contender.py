@@ -13,7 +13,7 @@ from spac.bench.contender import Command, Spec, Task, make
 from spac.bench.prompt import Prompt
 from spac.bench.suite import Row
 from spac.errors import OptionError, SpacError
-from spac.limits import LimitedRun, Limits
+from spac.host.limits import LimitedRun, Limits
 
 MIB = 1 << 20
 PROMPT = Prompt("chat", "1", "Hello")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from spac import memory
-from spac.inflate import inflate
+from spac.gguf.inflate import inflate
+from spac.host import memory
 from tests.conftest import Result
-from tests.test_draft import other_vocabulary
+from tests.speculative.test_draft import other_vocabulary
 
 Cli = Callable[..., Result]
 

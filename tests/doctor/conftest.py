@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spac.doctor import Finding, Place, examine
-from spac.system import System
+from spac.host.system import System
 
 TREES = Path(__file__).resolve().parent / "trees"
 NAMES = sorted(path.stem for path in TREES.glob("*.txt"))

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import spac
-from spac import system as systems
 from spac.cli.doctor import show
 from spac.doctor import Level, Place, examine, model_file, process, storage
+from spac.host import system as systems
+from spac.host.system import System, mount_of
 from spac.stats import StoresProbe
-from spac.system import System, mount_of
 from tests.conftest import Result
 from tests.doctor.conftest import NAMES, look, read_tree, write_entry
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from spac.errors import ModelFileError
-from spac.gguf_reader import GgufFile, Scalar, Tensor, read_gguf
-from spac.memory import page_bytes
+from spac.gguf.reader import GgufFile, Scalar, Tensor, read_gguf
+from spac.host.memory import page_bytes
 
 # What is paged: upstream's classes of tensors that MUL_MAT_ID multiplies (LLM_TENSOR_INFOS in llama-arch.cpp), whatever the model; a
 # test compares. llama.cpp is given the same pattern. Without the `\.weight$` it would catch biases and scales.

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from spac.forecast import (
+from spac.gguf.check import check_model
+from spac.gguf.reader import read_gguf
+from spac.host.limits import Limits
+from spac.host.memory import GIB, MIB
+from spac.plan.fit import Sizes, make_plan
+from spac.plan.forecast import (
     Choice,
     LayerWork,
     Machine,
@@ -22,12 +27,7 @@ from spac.forecast import (
     quantisations,
     scaled_sizes,
 )  # fmt: skip
-from spac.gguf_check import check_model
-from spac.gguf_reader import read_gguf
-from spac.limits import Limits
-from spac.memory import GIB, MIB
-from spac.miss_curve import REFERENCES, misses, reference_of
-from spac.plan import Sizes, make_plan
+from spac.plan.miss_curve import REFERENCES, misses, reference_of
 from tests.devices import make_device
 
 WEIGHTS = 24_000_000  # of an expert

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spac.errors import ModelFileError
-from spac.gguf_check import check_model
-from spac.gguf_reader import TENSOR_TYPES, read_gguf
+from spac.gguf.check import check_model
+from spac.gguf.reader import TENSOR_TYPES, read_gguf
 
 ARCHITECTURE = "qwen3moe"
 
@@ -70,7 +70,7 @@ def test_types_are_those_of_the_gguf_package() -> None:
 
 def test_every_type_that_upstream_multiplies_is_known() -> None:
     """A type that comes with a newer llama.cpp fails here until it is in the table; graph_test.cpp pages each of them."""
-    source = (Path(__file__).parent.parent / "vendor/llama.cpp/ggml/src/ggml-cpu/ggml-cpu.c").read_text()
+    source = (Path(__file__).parents[2] / "vendor/llama.cpp/ggml/src/ggml-cpu/ggml-cpu.c").read_text()
     table = re.search(r"type_traits_cpu\[GGML_TYPE_COUNT\] = \{(.*?)\n\};", source, re.DOTALL)
     assert table is not None
     rows = re.split(r"\[GGML_TYPE_(\w+)\]", table[1])[1:]

@@ -1,6 +1,6 @@
 """What proposes coming tokens, and how far to believe it. Knows nothing of the model that the proposals are for.
 
-A draft is cheap and may be wrong. Verifying its tokens saves decodes (`spac.speculative`); and even unverified they tell
+A draft is cheap and may be wrong. Verifying its tokens saves decodes (`spac.speculative.loop`); and even unverified they tell
 which experts will be wanted. A proposal is made for what comes after a sequence's last token.
 """
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 import spac
 from spac.errors import LibraryError, ModelFileError, OptionError
-from spac.memory import format_bytes
+from spac.host.memory import format_bytes
 
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 

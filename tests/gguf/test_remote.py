@@ -14,9 +14,9 @@ import gguf
 import numpy as np
 import pytest
 
-from spac import remote
 from spac.errors import ModelFileError
-from spac.gguf_check import check_model
+from spac.gguf import remote
+from spac.gguf.check import check_model
 from tests.ranges import serve
 
 

@@ -13,11 +13,11 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from spac.draft import Acceptance, Draft, ModelDraft, Proposal, check_vocabulary
-from spac.draft_length import DraftLength, FixedLength, Length
 from spac.errors import OptionError
+from spac.host.memory import format_bytes
 from spac.llama import Llama
-from spac.memory import format_bytes
+from spac.speculative.draft import Acceptance, Draft, ModelDraft, Proposal, check_vocabulary
+from spac.speculative.draft_length import DraftLength, FixedLength, Length
 
 _log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from spac import memory
 from spac.errors import OptionError
-from spac.memory import GIB, KIB, MIB
+from spac.host import memory
+from spac.host.memory import GIB, KIB, MIB
 
 
 @pytest.mark.parametrize(

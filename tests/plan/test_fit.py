@@ -8,8 +8,8 @@ import pytest
 
 from spac.errors import BudgetError
 from spac.governor import Governor
-from spac.memory import GIB, MIB
-from spac.plan import Sizes, make_plan, paged_ubatch, reserve_bytes
+from spac.host.memory import GIB, MIB
+from spac.plan.fit import Sizes, make_plan, paged_ubatch, reserve_bytes
 
 SIZES = Sizes(
     dense_bytes=1100 * MIB, expert_bytes=16 * GIB, context_bytes=400 * MIB, compute_bytes=200 * MIB, staging_bytes=100 * MIB,

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import spac
-from spac import build
 from spac.errors import LibraryError
+from spac.host import build
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # AT_HWCAP (16) and AT_HWCAP2 (26) as the kernel shows them on these boards, other entries around them
 PI_4 = struct.pack("8Q", 6, 4096, 16, 0x887, 26, 0, 0, 0)  # fp asimd evtstrm crc32 cpuid; no crypto
 PI_5 = struct.pack("8Q", 6, 16384, 16, 0x119FFF, 26, 0x10, 0, 0)  # and aes ... atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp

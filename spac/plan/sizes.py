@@ -12,8 +12,8 @@ import llama_cpp.llama_cpp as upstream
 
 from spac import control, log, seam
 from spac.errors import SpacError
-from spac.gguf_check import ModelFacts
-from spac.plan import VOCABULARY_FACTOR, Sizes
+from spac.gguf.check import ModelFacts
+from spac.plan.fit import VOCABULARY_FACTOR, Sizes
 
 
 def measure_sizes(path: str, facts: ModelFacts, model_params: Any, context_params: Any) -> Sizes:

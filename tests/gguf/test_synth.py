@@ -18,10 +18,10 @@ import pytest
 import spac
 from spac import device
 from spac.errors import ModelFileError, OptionError
-from spac.gguf_check import check_model
-from spac.gguf_reader import read_gguf
-from spac.structures import STRUCTURES, Structure
-from spac.synth import Written, synthesise
+from spac.gguf.check import check_model
+from spac.gguf.reader import read_gguf
+from spac.gguf.structures import STRUCTURES, Structure
+from spac.gguf.synth import Written, synthesise
 from tests.conftest import Result
 from tests.devices import make_device
 

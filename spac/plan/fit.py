@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from spac.errors import BudgetError
-from spac.memory import MIB, format_bytes
+from spac.host.memory import MIB, format_bytes
 
 Paging = Literal["auto", "on", "off"]
 

@@ -10,7 +10,7 @@ import pytest
 
 import spac
 from spac.errors import ModelFileError, OptionError
-from spac.inflate import inflate
+from spac.gguf.inflate import inflate
 
 TOKENS = list(range(300, 340))
 

@@ -1,6 +1,6 @@
 """The structures of published mixture-of-experts models: tensors, shapes and metadata, from their config.json.
 
-Names and shapes are those that upstream's `convert_hf_to_gguf.py` writes. Data only: `spac.synth` makes files of them.
+Names and shapes are those that upstream's `convert_hf_to_gguf.py` writes. Data only: `spac.gguf.synth` makes files of them.
 """
 
 from __future__ import annotations

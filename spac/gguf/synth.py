@@ -2,7 +2,7 @@
 
 What a loader, a plan or a pager meets at true scale (expert counts, bundle sizes, odd row lengths, a vocabulary of the true
 size) can so be tried without the model. The text that comes out means nothing, but logits are finite, and the routers send
-tokens to differing experts. Names and shapes: `spac.structures`; types follow `llama_tensor_get_type_impl` in upstream's
+tokens to differing experts. Names and shapes: `spac.gguf.structures`; types follow `llama_tensor_get_type_impl` in upstream's
 src/llama-quant.cpp.
 
 With content "sparse" the routed experts are a hole in the file: they read as zeros, which is a valid block of every type, so
@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from spac.errors import ModelFileError, OptionError
-from spac.gguf_check import expert_layer_of
-from spac.inflate import Progress, Quantiser, write_failure
-from spac.memory import format_bytes
-from spac.structures import STRUCTURES, Shape, Structure, Value
+from spac.gguf.check import expert_layer_of
+from spac.gguf.inflate import Progress, Quantiser, write_failure
+from spac.gguf.structures import STRUCTURES, Shape, Structure, Value
+from spac.host.memory import format_bytes
 
 Content = Literal["full", "sparse", "header"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import spac
-from spac import limits
-from spac.limits import Limits, run_limited
+from spac.host import limits
+from spac.host.limits import Limits, run_limited
 
 ALL = Limits(memory_bytes=1 << 30, read_bytes_per_s=90_000_000, read_iops=5000, cores=1, cpu_share=0.4)
 FIRST = str(min(os.sched_getaffinity(0)))

@@ -17,9 +17,8 @@ from llama_cpp import LlamaGrammar
 
 import spac
 from spac import control
-from spac.draft import Draft, DraftLlama, ModelDraft, NgramDraft, Proposal
 from spac.generate import Generation, Sampling, generate, reuse_prefix
-from spac.speculative import Speculation
+from spac.speculative import Draft, DraftLlama, ModelDraft, NgramDraft, Proposal, Speculation
 
 PROMPTS = ("The open() system call opens the file specified by", "What is a process? A process is", "def main(argv):\n    if")
 

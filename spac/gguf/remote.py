@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote, urlsplit
 
 from spac.errors import ModelFileError
-from spac.gguf_check import SPLIT_NAME, ModelFacts, check_model
-from spac.gguf_reader import parse_gguf
-from spac.memory import MIB
+from spac.gguf.check import SPLIT_NAME, ModelFacts, check_model
+from spac.gguf.reader import parse_gguf
+from spac.host.memory import MIB
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse

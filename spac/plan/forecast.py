@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Final
 
 from spac.device import Device, bits
 from spac.errors import BudgetError
-from spac.gguf_check import PAGE_BYTES, ModelFacts, expert_layer_of, in_layers
-from spac.gguf_reader import Tensor
-from spac.memory import GIB, MIB
-from spac.miss_curve import Misses, misses
-from spac.plan import MIN_UBATCH, Plan, Sizes, fit, least_limit_bytes, whole_limit_bytes
+from spac.gguf.check import PAGE_BYTES, ModelFacts, expert_layer_of, in_layers
+from spac.gguf.reader import Tensor
+from spac.host.memory import GIB, MIB
+from spac.plan.fit import MIN_UBATCH, Plan, Sizes, fit, least_limit_bytes, whole_limit_bytes
+from spac.plan.miss_curve import Misses, misses
 from spac.trace.timing import PARTS, READS_IN_FLIGHT, Compute, Reads, layer_s
 
 if TYPE_CHECKING:
-    from spac.limits import Limits
+    from spac.host.limits import Limits
 
 OPS_PER_LAYER: Final = 45  # of a graph that compute next to nothing, beside the products: norms, rope, views, the router's top k
 TOKEN_S: Final = 0.5e-3  # sampling and Python, for each token
@@ -391,7 +391,7 @@ def quantisations(question: Question, limit_bytes: int) -> list[Choice]:
 
 def block_of(type_name: str) -> int:
     """Weights in a block of a type."""
-    from spac.gguf_reader import TENSOR_TYPES
+    from spac.gguf.reader import TENSOR_TYPES
 
     return next(block for name, block, _ in TENSOR_TYPES.values() if name == type_name)
 
