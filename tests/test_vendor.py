@@ -302,9 +302,9 @@ def test_check_wants_every_section(checkout: Checkout, section: str) -> None:
 
 def test_check_holds_the_line_limit(checkout: Checkout) -> None:
     checkout.ok("fetch")
-    checkout.commit("int line_3;\n", "int more;\n" * 149, "llama : say it all")
+    checkout.commit("int line_3;\n", "int more;\n" * 224, "llama : say it all")
     checkout.ok("export")
-    assert "150 changed lines, the limit is 149" in checkout.fails("check")
+    assert "225 changed lines, the limit is 224" in checkout.fails("check")
 
 
 @pytest.mark.parametrize("cut", [r"(?s)\Adiff.*?\n", r"(?s)\n int line_\d+;\n\Z", r"(?s)\ndiff --git.*"])

@@ -136,8 +136,11 @@ struct Graph {
 
     // All outputs for inputs and routes drawn from a seed.
     std::vector<float> compute(unsigned seed, int n_threads) {
-        static const std::unique_ptr<ggml_backend, decltype(&ggml_backend_free)> cpu(
-            ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr), ggml_backend_free);
+        draw(seed);
+        return compute(n_threads);
+    }
+
+    void draw(unsigned seed) {
         std::mt19937 random(seed);
         std::normal_distribution<float> normal;
         for (int64_t i = 0; i < ggml_nelements(input); ++i) {
@@ -149,6 +152,11 @@ struct Graph {
                 ((int32_t *) ids->data)[token * n_used + i] = (first + i * 3) % n_experts;
             }
         }
+    }
+
+    std::vector<float> compute(int n_threads) {
+        static const std::unique_ptr<ggml_backend, decltype(&ggml_backend_free)> cpu(
+            ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr), ggml_backend_free);
         auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
             ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu.get())), "ggml_backend_set_n_threads");
         set_n_threads(cpu.get(), n_threads);
@@ -254,3 +262,41 @@ TEST_CASE("outputs are bit-equal at the floor budget: every type that the CPU ba
     CHECK(n_types > 0);
 }
 #endif
+
+TEST_CASE("repacked weights: a token's results are the same in a batch, where four rows of an expert are multiplied at once, and alone") {
+    REQUIRE(spac_init() == SPAC_OK);
+    REQUIRE(spac_budget_set(64 << 20) == SPAC_OK);
+    int n_types = 0;
+    for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K }) {
+        const WeightFile file(type);
+        constexpr int    n_tokens = 23;
+        Graph            batch(file, type, n_tokens, SPAC_STORE_AUTO, true), alone(file, type, 1, SPAC_STORE_AUTO, true);
+        spac_info        info{};
+        info.struct_size = sizeof info;
+        REQUIRE(spac_model_info(alone.model, &info) == SPAC_OK);
+        if (info.n_repacked == 0) {
+            continue;  // this CPU has no other layout for it
+        }
+        ++n_types;
+        for (const int n_threads : { 1, 3 }) {
+            batch.compute(1, n_threads);
+            for (int token = 0; token < n_tokens; ++token) {
+                const auto same_token = [&](ggml_tensor * of_batch, ggml_tensor * of_one, bool copy) {
+                    char * const slice = (char *) of_batch->data + token * ggml_nbytes(of_one);
+                    if (copy) {
+                        std::memcpy(of_one->data, slice, ggml_nbytes(of_one));
+                    }
+                    return std::memcmp(of_one->data, slice, ggml_nbytes(of_one)) == 0;
+                };
+                same_token(batch.input, alone.input, true);
+                same_token(batch.ids, alone.ids, true);
+                alone.compute(n_threads);
+                for (int node = 0; node < ggml_graph_n_nodes(alone.graph); ++node) {
+                    INFO(ggml_type_name(type), ", ", n_threads, " threads, token ", token, ", node ", node);
+                    REQUIRE(same_token(ggml_graph_node(batch.graph, node), ggml_graph_node(alone.graph, node), false));
+                }
+            }
+        }
+    }
+    MESSAGE(n_types, " types");
+}
