@@ -67,20 +67,22 @@ def cell_table(folder: Path) -> str:
         gains.append(speed[AUTOMATIC] / speed[NOTHING])
         losses.append(speed[AUTOMATIC] / max(speed[name] for name in FIXED))
 
-        def pair(figure: str, scale: float, digits: int) -> str:
-            values = (statistics.median(records.per_token(run, figure) or 0.0 for run in runs[name]) / scale for name in (NOTHING, AUTOMATIC))
-            return " / ".join(f"{value:.{digits}f}" for value in values)
-
         equal = {report.equal_tokens(name, groups[0]) for name in groups[0]}
         lines.append(
             f"| {cell[0]['profile']['name']} | {cell[0]['prompts'][0]['kind']} | {len(report.usable(runs[AUTOMATIC]))} |"
             f" {' | '.join(f'{speed[name]:.2f}' for name in names)} | {gains[-1]:.2f} | {losses[-1]:.2f} |"
-            f" {pair('device_read_bytes', 1e6, 0)} | {pair('cpu_s', 1, 3)} | {' '.join(sorted(equal))} |"
+            f" {both(runs, 'device_read_bytes', 1e6, 0)} | {both(runs, 'cpu_s', 1, 3)} | {' '.join(sorted(equal))} |"
         )
     enough = sum(gain >= 1.2 for gain in gains)
     lines += ["", f"Against nothing foreseen: geometric mean {math.exp(statistics.fmean(map(math.log, gains))):.2f}, lowest {min(gains):.2f}, 1.2 and more in {enough} of"
               f" {len(gains)}. Against the best fixed setting of each cell: geometric mean {math.exp(statistics.fmean(map(math.log, losses))):.2f}, lowest {min(losses):.2f}."]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def both(runs: dict[str, list[records.Record]], figure: str, scale: float, digits: int) -> str:
+    """A counter of decoding for each token, without and with foresight."""
+    values = [statistics.median(records.per_token(run, figure) or 0.0 for run in runs[name]) / scale for name in (NOTHING, AUTOMATIC)]
+    return " / ".join(f"{value:.{digits}f}" for value in values)
 
 
 def main() -> None:
