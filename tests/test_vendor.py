@@ -252,7 +252,7 @@ def test_round_trip_is_exact(patched: Checkout) -> None:
     patched.ok("fetch")
     patched.ok("export")
     assert {path.name: path.read_bytes() for path in patched.patches.iterdir()} == before
-    assert "2 patches, 5 changed lines (limit 149), round trip exact" in patched.ok("check")
+    assert "2 patches, 5 changed lines (limit 224), round trip exact" in patched.ok("check")
 
 
 def test_export_keeps_a_patch_file_name(patched: Checkout) -> None:
