@@ -96,7 +96,7 @@ def serve_reads(model: str) -> None:
         offsets = [offset // BLOCK * BLOCK for offset, _ in slices]
         ends = [min(size, -(-(offset + length) // BLOCK) * BLOCK) for offset, length in slices]
         lengths = [end - offset for offset, end in zip(offsets, ends, strict=True)]
-        print(control.reads_measure(model, offsets, lengths, depth=depth, store="direct", huge=pages == "huge"), flush=True)
+        print(control.reads_measure(model, offsets, lengths, depth=depth, store="direct", pages=pages), flush=True)
 
 
 def expert_slices(model: str) -> dict[int, list[list[tuple[int, int]]]]:

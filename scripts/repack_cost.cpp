@@ -69,7 +69,8 @@ int main(int argc, char ** argv) {
                 if (repacked && n_tokens == 1) {
                     part("repacking", ggml_type_name(type), 1, [&] {
                         for (int e = 0; e < n_experts; ++e) {
-                            repacker->repack(quantised.data() + e * quantised.size() / n_experts);
+                            uint8_t * slice = quantised.data() + e * quantised.size() / n_experts;
+                            repacker->put(slice, slice, quantised.size() / n_experts);
                         }
                     });
                 }

@@ -29,7 +29,7 @@ from spac.errors import (
 )
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent, StoresProbe
 
-ABI_VERSION: Final = 5
+ABI_VERSION: Final = 6
 EVENT_MAX_EXPERTS: Final = 32
 IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
@@ -43,6 +43,7 @@ E_CANCELLED: Final = -6
 E_MEMORY: Final = -7
 
 STORES: Final = {"auto": 0, "direct": 1, "buffered": 2, "mmap": 3, "mock": 4}
+PAGES: Final = ("pager", "huge", "small")  # SPAC_PAGES_*
 
 
 # typedef struct spac_options { uint64_t struct_size; int32_t store, n_io_threads, repack, reserved; } spac_options;
@@ -195,7 +196,7 @@ class Routing(ctypes.Structure):
 
 
 # typedef struct spac_reads { uint64_t struct_size; const char * path; const uint64_t * offsets, * lengths; int64_t n_reads;
-#                             int32_t depth, store, huge, reserved; double seconds; } spac_reads;
+#                             int32_t depth, store, pages, reserved; double seconds; } spac_reads;
 class Reads(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint64),
@@ -205,7 +206,7 @@ class Reads(ctypes.Structure):
         ("n_reads", ctypes.c_int64),
         ("depth", ctypes.c_int32),
         ("store", ctypes.c_int32),
-        ("huge", ctypes.c_int32),
+        ("pages", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
         ("seconds", ctypes.c_double),
     )
@@ -653,20 +654,21 @@ def stores_probe(path: str) -> StoresProbe:
 
 
 def reads_measure(
-    path: str, offsets: Sequence[int], lengths: Sequence[int], *, depth: int, store: str = "auto", huge: bool = True
+    path: str, offsets: Sequence[int], lengths: Sequence[int], *, depth: int, store: str = "auto", pages: str = "pager"
 ) -> float:
     """Seconds that these reads of a file take, `depth` in flight: see spac_reads in spac.h.
 
     Args:
         store: "auto", "direct" or "buffered".
-        huge: into huge pages; False: into small ones from all over memory, which makes requests shorter. The pager.s are in between.
+        pages: that are read into: "pager" as the pager does, by way of a huge page where there are some; "huge" and "small": bare reads into
+            huge pages, and into small ones from all over memory.
 
     Raises:
         ModelFileError: the file cannot be read, or not with this store.
         OptionError: a read lies outside the file.
     """
     at, sizes = np.array(offsets, np.uint64), np.array(lengths, np.uint64)
-    raw = Reads(ctypes.sizeof(Reads), os.fsencode(path), at.ctypes.data, sizes.ctypes.data, len(at), depth, STORES[store], huge)
+    raw = Reads(ctypes.sizeof(Reads), os.fsencode(path), at.ctypes.data, sizes.ctypes.data, len(at), depth, STORES[store], PAGES.index(pages))
     check(spac_reads_measure(ctypes.byref(raw)))
     return float(raw.seconds)
 

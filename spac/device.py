@@ -51,7 +51,7 @@ PRODUCT_BYTES: Final = 64 * MIB  # more than caches hold
 
 @dataclass(frozen=True)
 class ReadRow:
-    """Reads asked for at once, from none, into huge pages that stay, cold.
+    """Reads asked for at once, from none, as the pager makes them into memory that stays, cold.
 
     Attributes:
         store: "direct" or "buffered".

@@ -43,12 +43,12 @@ def test_peak_in_a_control_group(big_model: Path, memory_mib: int, options: list
 
 
 def window_rss_bytes(pid: int | str = "self") -> int:
-    """Resident bytes of all windows of a process: no other mapping is both dontcopy and told about huge pages."""
+    """Resident bytes of all windows of a process: dontcopy and told about huge pages; what reads arrive in is left out of dumps as well."""
     total, rss = 0, 0
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if match := re.match(r"Rss:\s+(\d+) kB", line):
             rss = int(match.group(1)) * 1024
-        elif line.startswith("VmFlags:") and "dc" in line.split() and {"nh", "hg"} & set(line.split()):
+        elif line.startswith("VmFlags:") and "dc" in (flags := line.split()) and {"nh", "hg"} & set(flags) and "dd" not in flags:
             total += rss
     return total
 

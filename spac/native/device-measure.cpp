@@ -102,8 +102,11 @@ int measure_reads(spac_reads & test, int store_id) {
     std::atomic<int>        error{ 0 };
     const auto serve = [&] {
         ReadMemory memory;
-        if (!memory.allocate(longest, test.huge != 0)) {
+        if (!memory.allocate(longest, test.pages == SPAC_PAGES_HUGE)) {
             error = ENOMEM;
+        }
+        if (test.pages == SPAC_PAGES_PAGER) {
+            store->begin_thread();
         }
         std::unique_lock<std::mutex> lock(mutex);
         ++n_ready;
@@ -111,7 +114,9 @@ int measure_reads(spac_reads & test, int store_id) {
         changed.wait(lock, [&] { return go; });
         lock.unlock();
         for (int64_t i; error == 0 && (i = next++) < test.n_reads;) {
-            const spac::ReadResult result = store->read(file, memory.data, test.lengths[i], test.offsets[i]);
+            const spac::ReadResult result = test.pages == SPAC_PAGES_PAGER ?
+                store->read(file, memory.data, test.lengths[i], test.offsets[i]) :
+                store->read_in_place(file, memory.data, test.lengths[i], test.offsets[i]);
             if (result.os_error != 0) {
                 error = result.os_error;
             }

@@ -17,13 +17,13 @@ static spac_reads reads_of(const TempFile & temp, const std::vector<uint64_t> & 
     return test;
 }
 
-TEST_CASE("reads of whole blocks are timed with both stores, into huge and small pages") {
+TEST_CASE("reads of whole blocks are timed with both stores, into all kinds of pages") {
     TempFile temp(1 << 20);
     const std::vector<uint64_t> offsets = { 0, 65536, 131072, 524288, 983040 }, lengths(5, 65536);
     for (int store : { SPAC_STORE_AUTO, SPAC_STORE_BUFFERED }) {
-        for (int huge : { 0, 1 }) {
+        for (int pages : { SPAC_PAGES_PAGER, SPAC_PAGES_HUGE, SPAC_PAGES_SMALL }) {
             spac_reads test = reads_of(temp, offsets, lengths, store);
-            test.huge       = huge;
+            test.pages      = pages;
             CAPTURE(spac_last_error());
             CHECK(spac_reads_measure(&test) == SPAC_OK);
             CHECK(test.seconds > 0);

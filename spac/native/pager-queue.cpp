@@ -107,11 +107,8 @@ void Pager::read_and_finish(const Job & job, Lock & lock) {
     const bool       ahead  = job.deadline >= prefetch_deadline;
     const ReadResult result = ahead ? read_ahead(tensor, job.expert) :
                                       model.store->read(*tensor.file, tensor.slice_data(job.expert), tensor.slice_bytes,
-                                                        tensor.slice_offset(job.expert));
+                                                        tensor.slice_offset(job.expert), tensor.repacker.get());
     const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
-    if (tensor.repacker && result.os_error == 0) {
-        tensor.repacker->repack(tensor.slice_data(job.expert));
-    }
     lock.lock();
     model.read_ns.fetch_add((uint64_t) ns, std::memory_order_relaxed);
     model.reads.fetch_add(1, std::memory_order_relaxed);
@@ -139,18 +136,19 @@ void Pager::read_and_finish(const Job & job, Lock & lock) {
     arrived_.notify_all();
 }
 
-// In pieces that end on pages; ECANCELED if it was abandoned meanwhile.
+// In pieces; ECANCELED if it was abandoned meanwhile.
 ReadResult Pager::read_ahead(PagedTensor & tensor, int expert) {
-    uint8_t * const  data = tensor.slice_data(expert);
-    ReadResult       all;
+    uint8_t * const data = tensor.slice_data(expert);
+    const size_t    unit = tensor.repacker ? tensor.repacker->unit_bytes() : page_size();
+    const size_t    most = std::max(unit, piece_bytes / unit * unit);
+    ReadResult      all;
     for (size_t done = 0; done < tensor.slice_bytes;) {
         if (tensor.slices[expert].abandoned) {
             all.os_error = ECANCELED;
             break;
         }
-        const uintptr_t end  = ((uintptr_t) data + done + piece_bytes) / page_size() * page_size();
-        const size_t    size = std::min(tensor.slice_bytes - done, (size_t) (end - (uintptr_t) data - done));
-        const ReadResult piece = tensor.model->store->read(*tensor.file, data + done, size, tensor.slice_offset(expert) + done);
+        const size_t     size  = std::min(tensor.slice_bytes - done, most);
+        const ReadResult piece = tensor.model->store->read(*tensor.file, data + done, size, tensor.slice_offset(expert) + done, tensor.repacker.get());
         all.bytes += piece.bytes;
         if (piece.os_error != 0) {
             all.os_error = piece.os_error;

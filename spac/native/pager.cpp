@@ -72,7 +72,11 @@ void Pager::add_model(std::shared_ptr<Model> model, int n_io_threads) {
     models_.push_back(std::move(model));
     budget_ = usable();
     while ((int) threads_.size() < n_io_threads) {
-        threads_.emplace_back([this] { work(); });
+        threads_.emplace_back([this, first = models_.back()]() mutable {
+            first->store->begin_thread();
+            first.reset();
+            work();
+        });
     }
 }
 

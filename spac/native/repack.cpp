@@ -44,7 +44,6 @@ std::unique_ptr<Repacker> Repacker::make(const ggml_tensor & weights) {
     auto repacker         = std::make_unique<Repacker>();
     repacker->type_       = weights.type;
     repacker->n_columns_  = weights.ne[0];
-    repacker->n_rows_     = weights.ne[1];
     repacker->group_rows_ = 1;
     while (repacker->group_rows_ < max_group_rows && weights.ne[1] % (2 * repacker->group_rows_) == 0) {
         repacker->group_rows_ *= 2;
@@ -53,10 +52,13 @@ std::unique_ptr<Repacker> Repacker::make(const ggml_tensor & weights) {
     return repacker;
 }
 
-void Repacker::repack(uint8_t * slice) const {
+size_t Repacker::unit_bytes() const {
+    return (size_t) group_rows_ * ggml_row_size(type_, n_columns_);
+}
+
+void Repacker::put(void * to, const void * from, size_t length) const {
     thread_local std::vector<uint8_t> rows;
-    const size_t row_bytes = ggml_row_size(type_, n_columns_), group_bytes = (size_t) group_rows_ * row_bytes;
-    rows.resize(group_bytes);
+    const size_t group_bytes = unit_bytes();
 
     ggml_tensor piece{};
     piece.type   = type_;
@@ -64,14 +66,19 @@ void Repacker::repack(uint8_t * slice) const {
     piece.ne[1]  = group_rows_;
     piece.ne[2]  = piece.ne[3] = 1;
     piece.nb[0]  = ggml_type_size(type_);
-    piece.nb[1]  = row_bytes;
+    piece.nb[1]  = ggml_row_size(type_, n_columns_);
     piece.nb[2]  = piece.nb[3] = group_bytes;
     piece.extra  = traits_;
     piece.buffer = repack_buffer;
-    for (int64_t row = 0; row < n_rows_; row += group_rows_) {
-        piece.data = slice + (size_t) row * row_bytes;
-        std::memcpy(rows.data(), piece.data, group_bytes);
-        repack_buffer->iface.set_tensor(repack_buffer, &piece, rows.data(), 0, group_bytes);
+    for (size_t at = 0; at < length; at += group_bytes) {
+        const void * group = (const uint8_t *) from + at;
+        piece.data         = (uint8_t *) to + at;
+        if (from == to) {
+            rows.resize(group_bytes);
+            std::memcpy(rows.data(), group, group_bytes);
+            group = rows.data();
+        }
+        repack_buffer->iface.set_tensor(repack_buffer, &piece, group, 0, group_bytes);
     }
 }
 

@@ -4,6 +4,8 @@
 // buffer type, so that results are bit for bit those of a model that upstream repacked while loading.
 #pragma once
 
+#include "store.h"
+
 #include "ggml-backend.h"
 
 #include <cstddef>
@@ -15,7 +17,7 @@ namespace spac {
 // Upstream's repack buffer type among a CPU device's; null: it has none.
 ggml_backend_buffer_type_t repack_buffer_type(ggml_backend_dev_t cpu);
 
-class Repacker {
+class Repacker : public Arrangement {
   public:
     // Looks for upstream's repack buffer type among the CPU device's; without it nothing is repacked.
     static void find(ggml_backend_dev_t cpu);
@@ -24,13 +26,12 @@ class Repacker {
 
     // ggml::cpu::tensor_traits, for tensor->extra
     void * traits() const { return traits_; }
-    // Rearranges one expert's weights in place. Any thread.
-    void repack(uint8_t * slice) const;
+    size_t unit_bytes() const override;
+    void   put(void * to, const void * from, size_t length) const override;
 
   private:
     ggml_type type_       = GGML_TYPE_COUNT;
     int64_t   n_columns_  = 0;
-    int64_t   n_rows_     = 0;  // of an expert
     int64_t   group_rows_ = 0;
     void *    traits_     = nullptr;
 };

@@ -2,9 +2,13 @@
 
 #include "include/spac.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <mutex>
+#include <set>
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -46,6 +50,18 @@ size_t page_size() {
         char *       end    = nullptr;
         const size_t wanted = text ? (size_t) std::strtoull(text, &end, 10) : 0;
         return end && *end == 0 && wanted > kernel_page_size() && (wanted & (wanted - 1)) == 0 ? wanted : kernel_page_size();
+    }();
+    return size;
+}
+
+size_t huge_page_size() {
+    static const size_t size = [] {
+        const std::string folder = "/sys/kernel/mm/transparent_hugepage/";
+        std::string       enabled;
+        size_t            bytes = 0;
+        std::ifstream(folder + "hpage_pmd_size") >> bytes;
+        std::getline(std::ifstream(folder + "enabled"), enabled);
+        return enabled.find("[never]") == std::string::npos ? bytes : 0;
     }();
     return size;
 }
@@ -105,6 +121,14 @@ static int open_with(ModelFile & file, int flags) {
 
 size_t Store::move(void *, void *, size_t) const {
     return 0;
+}
+
+ReadResult Store::read(const ModelFile & file, void * address, size_t length, uint64_t offset, const Arrangement * arrangement) {
+    const ReadResult result = read_in_place(file, address, length, offset);
+    if (arrangement && result.os_error == 0) {
+        arrangement->put(address, address, length);
+    }
+    return result;
 }
 
 namespace {
@@ -184,10 +208,71 @@ class AnonymousStore : public Store {
 }  // namespace
 
 //
-// direct: O_DIRECT into place, block boundaries that a neighbour shares through a bounce block
+// direct: O_DIRECT by way of a huge page, or into place, block boundaries that a neighbour shares through a bounce block
 //
 
 namespace {
+
+// Where direct reads arrive: half a huge page for each reading thread, its own for good. A device is told of one piece of memory
+// instead of hundreds of small pages, which a virtual disk takes more than twice as long for (docs/benchmarks/paging/table.md).
+class Landing {
+  public:
+    static constexpr size_t size = 1 << 20;
+
+    Landing() {
+        if (huge_page_size() != 2 * size) {
+            return;
+        }
+        std::lock_guard<std::mutex> lock(mutex());
+        if (free_halves().empty()) {
+            void * const all = mmap(nullptr, 4 * size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (all == MAP_FAILED) {
+                return;
+            }
+            char * const page = (char *) align_up((uintptr_t) all, 2 * size);
+            munmap(all, (size_t) (page - (char *) all));
+            munmap(page + 2 * size, (size_t) ((char *) all + 2 * size - page));
+            madvise(page, 2 * size, MADV_HUGEPAGE);
+            madvise(page, 2 * size, MADV_DONTFORK);
+            madvise(page, 2 * size, MADV_DONTDUMP);  // tells it from a window in smaps, too
+            free_halves() = { page, page + size };
+        }
+        data = *free_halves().begin();
+        free_halves().erase(data);
+        std::memset(data, 0, size);
+    }
+    Landing(const Landing &) = delete;
+    ~Landing() {
+        if (!data) {
+            return;
+        }
+        std::lock_guard<std::mutex> lock(mutex());
+        char * const page = (char *) align_down((uintptr_t) data, 2 * size), * const other = page == data ? page + size : page;
+        if (free_halves().erase(other) > 0) {
+            munmap(page, 2 * size);
+        } else {
+            free_halves().insert(data);
+        }
+    }
+
+    static Landing & of_thread() {
+        static thread_local Landing landing;
+        return landing;
+    }
+
+    char * data = nullptr;  // null: no huge pages of that size here
+
+  private:
+    // never destroyed: threads may end later
+    static std::mutex & mutex() {
+        static auto * const all = new std::mutex;
+        return *all;
+    }
+    static std::set<char *> & free_halves() {
+        static auto * const all = new std::set<char *>;
+        return *all;
+    }
+};
 
 // Two bounce blocks for each reading thread.
 struct Bounce {
@@ -223,7 +308,36 @@ class DirectStore : public AnonymousStore {
         return read_error;
     }
 
-    ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
+    void begin_thread() const override { Landing::of_thread(); }
+
+    ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset, const Arrangement * arrangement) override {
+        char * const landing = Landing::of_thread().data;
+        const size_t unit = arrangement ? arrangement->unit_bytes() : 1, most = Landing::size - 2 * file.align;
+        if (!landing || unit > most) {
+            return Store::read(file, address, length, offset, arrangement);
+        }
+        const size_t n_pieces    = (length + most / unit * unit - 1) / (most / unit * unit);
+        const size_t piece_bytes = align_up((length + n_pieces - 1) / n_pieces, unit);
+        ReadResult result;
+        for (size_t done = 0; done < length && result.os_error == 0; done += piece_bytes) {
+            const uint64_t first = offset + done, until = std::min(first + piece_bytes, offset + length);
+            const uint64_t block = align_down(first, file.align);
+            struct iovec   piece = { landing, (size_t) (align_up(until, file.align) - block) };
+            result.bytes += piece.iov_len;
+            result.os_error = read_fully(file, &piece, 1, block, until);
+            if (result.os_error != 0) {
+                break;
+            }
+            if (arrangement) {
+                arrangement->put((char *) address + done, landing + (first - block), until - first);
+            } else {
+                std::memcpy((char *) address + done, landing + (first - block), until - first);
+            }
+        }
+        return result;
+    }
+
+    ReadResult read_in_place(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
         static thread_local Bounce bounce;
         const uintptr_t begin = (uintptr_t) address, end = begin + length;
         // whole pages of its own are read in place; a page shared with a neighbour that may be in use is not a target for DMA
@@ -317,7 +431,7 @@ class BufferedStore : public AnonymousStore {
         return error;
     }
 
-    ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
+    ReadResult read_in_place(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
         const size_t chunk_bytes = 1 << 20;  // what may be in the page cache at a time, for each reading thread
         ReadResult result;
         char * out = (char *) address;
@@ -361,7 +475,7 @@ class MmapStore : public Store {
         return 0;
     }
 
-    ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
+    ReadResult read_in_place(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
         ReadResult result;
         result.bytes = length;
         struct stat st;
@@ -398,14 +512,14 @@ class MockStore : public BufferedStore {
   public:
     int id() const override { return SPAC_STORE_MOCK; }
 
-    ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
+    ReadResult read_in_place(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
         const int n = n_reads_++;
         if (n >= first_bad_ && n - first_bad_ < n_bad_) {
             ReadResult result;
             result.os_error = os_error_;
             return result;
         }
-        return BufferedStore::read(file, address, length, offset);
+        return BufferedStore::read_in_place(file, address, length, offset);
     }
 
     void fail_reads(int after, int count, int os_error) {

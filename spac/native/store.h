@@ -14,6 +14,7 @@ namespace spac {
 // SPAC_PAGE_BYTES, to see what a kernel with larger pages would; what is no larger power of two is ignored.
 size_t page_size();
 size_t kernel_page_size();
+size_t huge_page_size();  // 0: the kernel has none
 
 // Reads a mapping's pages in at once; 0 or errno: EINVAL before Linux 5.14.
 int populate_pages(void * address, size_t length);
@@ -44,6 +45,15 @@ struct ReadResult {
     uint64_t bytes    = 0;  // asked of the file, alignment included
 };
 
+// What becomes of bytes when they arrive, in whole units from the beginning of a slice on.
+class Arrangement {
+  public:
+    virtual ~Arrangement() = default;
+    virtual size_t unit_bytes() const = 0;
+    // `from` may be `to`. Any thread.
+    virtual void put(void * to, const void * from, size_t length) const = 0;
+};
+
 class Store {
   public:
     virtual ~Store() = default;
@@ -53,8 +63,13 @@ class Store {
     virtual int open(ModelFile & file) const = 0;
     // Makes a reserved range usable: whole pages, address and offset congruent to the page size. 0 or errno.
     virtual int map(const ModelFile & file, void * address, size_t length, uint64_t offset) const = 0;
-    // Blocks until the bytes of [offset, offset + length) are at address. Writes no byte of the window outside them.
-    virtual ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) = 0;
+    // A thread that will read calls it first: what it needs for that is in memory from then on.
+    virtual void begin_thread() const {}
+    // Blocks until the bytes of [offset, offset + length) are at address, arranged if that is asked for: then it is whole units.
+    // Writes no byte of the window outside them.
+    virtual ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset, const Arrangement * arrangement = nullptr);
+    // The same without a copy, where the store can; as they are in the file.
+    virtual ReadResult read_in_place(const ModelFile & file, void * address, size_t length, uint64_t offset) = 0;
     // Gives whole pages back.
     virtual void drop(const ModelFile & file, void * address, size_t length, uint64_t offset) const = 0;
     // Moves whole pages between ranges that were mapped, to where there are none; their bytes mean nothing afterwards. How many

@@ -91,7 +91,7 @@ class TestStore : public Store {
         check_whole_pages(address, length);
         return inner_->map(file, address, length, offset);
     }
-    ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
+    ReadResult read_in_place(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
         size_t n_reads;
         {
             std::lock_guard<std::mutex> lock(mutex_);

@@ -1,7 +1,6 @@
 #include "window.h"
 
 #include <algorithm>
-#include <cstdio>
 
 #include <sys/mman.h>
 
@@ -39,21 +38,9 @@ size_t PagedTensor::own_page_bytes(int expert) const {
     return length;
 }
 
-// 0: the kernel has none
-static size_t huge_page_size() {
-    size_t size = 0;
-    if (FILE * file = std::fopen("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", "r")) {
-        if (std::fscanf(file, "%zu", &size) != 1) {
-            size = 0;
-        }
-        std::fclose(file);
-    }
-    return size;
-}
-
 // The huge pages that fit into a slice: [first, last); false if none does.
 bool PagedTensor::huge_pages(int expert, uintptr_t & first, uintptr_t & last) const {
-    static const size_t huge = huge_page_size();
+    const size_t huge = huge_page_size();
     if (huge == 0 || huge > slice_bytes) {
         return false;
     }

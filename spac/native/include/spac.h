@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define SPAC_ABI_VERSION 5
+#define SPAC_ABI_VERSION 6
 #define SPAC_EVENT_MAX_EXPERTS 32  // a token's experts beyond this many are counted, but not named in its event
 
 enum {
@@ -214,6 +214,13 @@ typedef struct spac_simulation {
     uint64_t         bytes;         // of the bundles missed
 } spac_simulation;
 
+// what is read into
+enum {
+    SPAC_PAGES_PAGER = 0,  // as the pager does: small pages, by way of a huge one where there are some
+    SPAC_PAGES_HUGE  = 1,  // a bare read into huge pages: the least that a read can take
+    SPAC_PAGES_SMALL = 2,  // a bare read into small pages from all over memory
+};
+
 // Reads of a file, each into memory of its reading thread, as many in flight as there are threads
 typedef struct spac_reads {
     uint64_t         struct_size;
@@ -223,7 +230,7 @@ typedef struct spac_reads {
     int64_t          n_reads;
     int32_t          depth;      // reads in flight
     int32_t          store;      // SPAC_STORE_AUTO, _DIRECT or _BUFFERED (the file's clean pages are dropped from the cache before)
-    int32_t          huge;       // else into small pages from all over memory, which makes requests shorter; the pager's are in between. Both stay
+    int32_t          pages;      // SPAC_PAGES_*; they stay from one read to the next
     int32_t          reserved;   // 0
     double           seconds;    // result: from the first one's start to the last one's end; threads and memory are made before
 } spac_reads;
