@@ -316,8 +316,7 @@ class DirectStore : public AnonymousStore {
         if (!landing || unit > most) {
             return Store::read(file, address, length, offset, arrangement);
         }
-        const size_t n_pieces    = (length + most / unit * unit - 1) / (most / unit * unit);
-        const size_t piece_bytes = align_up((length + n_pieces - 1) / n_pieces, unit);
+        const size_t piece_bytes = most / unit * unit;
         ReadResult result;
         for (size_t done = 0; done < length && result.os_error == 0; done += piece_bytes) {
             const uint64_t first = offset + done, until = std::min(first + piece_bytes, offset + length);
