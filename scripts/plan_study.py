@@ -36,7 +36,7 @@ from spac.cli import plan as plans
 from spac.gguf.check import check_model
 from spac.host import limits as cgroups
 
-PROFILES: Final = ("native-500M", "pi5-8g-nvme", "pi5-sd", "native")
+PROFILES: Final = ("native-500M", "pi5-8g-nvme", "pi5-sd", "pi4-usb3", "jetson-orin-nano-nvme", "laptop-16g-nvme", "native")
 MEMORIES: Final = (12, 25, 50)
 TOKENS: Final = 64
 RUN_S: Final = 50  # about; a slow cell decodes fewer tokens

@@ -26,7 +26,7 @@ template <typename F> static void with_stores(const TempFile & temp, F && body) 
     }
 }
 
-static bool read_is_exact(Store & store, const ModelFile & file, const TempFile & temp, uint64_t offset, size_t length) {
+static bool read_is_exact(Store & store, const ModelFile & file, const TempFile & temp, uint64_t offset, size_t length, bool in_place) {
     Window window(length, offset);
     if (store.map(file, window.pages, window.n_bytes, offset / page_size() * page_size()) != 0) {
         return false;
@@ -35,7 +35,7 @@ static bool read_is_exact(Store & store, const ModelFile & file, const TempFile 
     if (fills) {
         std::memset(window.pages, 0, window.n_bytes);  // no byte of the file is 0
     }
-    const ReadResult result = store.read(file, window.data, length, offset);
+    const ReadResult result = in_place ? store.read_in_place(file, window.data, length, offset) : store.read(file, window.data, length, offset);
     const uint8_t * end = window.data + length, * pages_end = window.pages + window.n_bytes;
     const auto untouched = [&](const uint8_t * first, const uint8_t * last) {
         return !fills || std::all_of(first, last, [](uint8_t byte) { return byte == 0; });
@@ -62,14 +62,55 @@ TEST_CASE("every store brings exactly the bytes asked for, wherever they begin a
         for (const auto & [offset, length] : ranges) {
             CAPTURE(offset);
             CAPTURE(length);
-            CHECK(read_is_exact(store, file, temp, offset, length));
+            CHECK(read_is_exact(store, file, temp, offset, length, false));
+            CHECK(read_is_exact(store, file, temp, offset, length, true));
         }
     });
 }
 
 TEST_CASE("every store reads slices of several MiB") {
     TempFile temp((5 << 20) / 2 + 777);
-    with_stores(temp, [&](Store & store, ModelFile & file) { CHECK(read_is_exact(store, file, temp, 96, temp.bytes.size() - 96)); });
+    with_stores(temp, [&](Store & store, ModelFile & file) {
+        for (const bool in_place : { false, true }) {
+            CHECK(read_is_exact(store, file, temp, 96, temp.bytes.size() - 96, in_place));
+        }
+    });
+}
+
+// Turns each unit round.
+struct Reversal : Arrangement {
+    size_t unit;
+    explicit Reversal(size_t unit) : unit(unit) {}
+
+    size_t unit_bytes() const override { return unit; }
+    void   put(void * to, const void * from, size_t length) const override {
+        REQUIRE(length % unit == 0);
+        for (size_t at = 0; at < length; at += unit) {
+            std::vector<uint8_t> bytes((const uint8_t *) from + at, (const uint8_t *) from + at + unit);
+            std::reverse_copy(bytes.begin(), bytes.end(), (uint8_t *) to + at);
+        }
+    }
+};
+
+TEST_CASE("bytes are arranged in whole units, however a read is cut up") {
+    constexpr uint64_t offset = 4000;
+    for (const size_t unit : { (size_t) 18, (size_t) 1000, (size_t) 70000, (size_t) (3 << 20) / 2 }) {  // the last is longer than a piece
+        CAPTURE(unit);
+        const Reversal reversal(unit);
+        const size_t   length = (3 << 20) / unit * unit;
+        TempFile temp(offset + length + 500);
+        std::vector<uint8_t> expected(temp.bytes.begin() + offset, temp.bytes.begin() + offset + length);
+        reversal.put(expected.data(), expected.data(), length);
+        with_stores(temp, [&](Store & store, ModelFile & file) {
+            if (store.id() == SPAC_STORE_MMAP) {
+                return;  // the file's own pages
+            }
+            Window window(length, offset);
+            REQUIRE(store.map(file, window.pages, window.n_bytes, offset / page_size() * page_size()) == 0);
+            REQUIRE(store.read(file, window.data, length, offset, &reversal).os_error == 0);
+            CHECK(std::memcmp(window.data, expected.data(), length) == 0);
+        });
+    }
 }
 
 TEST_CASE("a slice that the file no longer holds is ENODATA, one that it still holds is read") {
