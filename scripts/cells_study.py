@@ -30,7 +30,6 @@ KINDS: Final = ("code", "chat", "summary")
 NOTHING: Final = "nothing foreseen"
 AUTOMATIC: Final = "automatic"
 FIXED: Final = {  # verified and sensed tokens; reading ahead is the engine's own in all
-    "0 verified, 0 sensed": "draft_max=0,horizon=0",
     "0 verified, 2 sensed": "draft_max=0,horizon=2",
     "0 verified, 4 sensed": "draft_max=0,horizon=4",
     "1 verified, 2 sensed": "draft_max=1,horizon=2",

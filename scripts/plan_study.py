@@ -4,7 +4,7 @@
     make build build/demo/4g.gguf && .venv/bin/spac tune build/demo
     .venv/bin/python scripts/plan_study.py build/demo/4g.gguf build/demo/spac-demo-1g.gguf --out docs/benchmarks/plan
     .venv/bin/python scripts/plan_study.py --report docs/benchmarks/plan        # the table again
-    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 11.3    # docs/benchmarks/plan/time-model.md
+    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 8.59   # docs/benchmarks/plan/time-model.md
 
 Each run is a process of its own in a profile's limits. It answers one of the benchmark's prompts of each kind, each from no expert in
 memory, sampled with a penalty on repetition. Predicted by the header, the limit and what `spac tune` measured. Runs that are

@@ -99,6 +99,16 @@ def test_an_answer_that_fits_and_one_that_does_not() -> None:
     assert whole.speed.read_bytes_per_token == 0 < paged.speed.read_bytes_per_token
 
 
+def test_the_floor_caches_nothing() -> None:
+    """In so little memory every expert is read each time, but for what untouched compute buffers leave."""
+    asked = dataclasses.replace(question(), n_ubatch=512)
+    least = next(limit for limit in range(900 * MIB, 2 * GIB, MIB) if asked.answer(limit).speed is not None)
+    found = asked.answer(least)
+    assert found.plan is not None and found.speed is not None
+    assert found.plan.expert_budget_bytes < SIZES.floor_bytes + MIB
+    assert 0.99 < found.speed.miss_rate <= 1.0
+
+
 def test_untouched_compute_buffers_hold_experts() -> None:
     long, short = (dataclasses.replace(question(), prompt_tokens=n).answer(3 * GIB).speed for n in (512, 32))
     assert long is not None and short is not None
