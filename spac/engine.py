@@ -36,7 +36,7 @@ LEAST_LEARNED_TOKENS: Final = 32
 READ_FROM: Final = 0.9  # probability from which a guess is read ahead: docs/lookahead.md
 LEAST_CHANCE: Final = 0.02  # of a drafted token, to be looked up
 HORIZON: Final = 4  # tokens, before there is a plan; beyond it a draft is rarely right
-IDLE_TOKENS: Final = 64  # so many without a miss: there is nothing to steer
+IDLE_TOKENS: Final = 16  # so many without a miss: there is nothing to steer
 NEVER: Final = 2.0  # a probability from which nothing is read ahead
 
 
