@@ -2,7 +2,7 @@
 """Lookahead end to end: what the engine decides by itself, beside nothing foreseen and beside fixed settings, by device profile and
 kind of prompt.
 
-    scripts/learn_routing.py build/demo/4g.gguf build/demo/learned.npz --memory 10G
+    .venv/bin/python scripts/learn_routing.py build/demo/4g.gguf build/demo/learned.npz --memory 10G
     .venv/bin/python scripts/cells_study.py build/demo/4g.gguf --learned build/demo/learned.npz --out docs/benchmarks/cells
     .venv/bin/python scripts/cells_study.py --report docs/benchmarks/cells      # the table again
 
@@ -46,12 +46,12 @@ def cell_table(folder: Path) -> str:
     """Of all cells in a folder."""
     names = (NOTHING, AUTOMATIC, *FIXED)
     found = sorted((path.parent.name, records.read_folder(path.parent)) for path in folder.glob("*/runs"))
-    first = found[0][1][0]
+    first, times = found[0][1][0], [run["time"] for _, cell in found for run in cell]
     lines = [
         "# The engine's own decisions, cell by cell\n",
         "Written by `scripts/cells_study.py`, which says how; tokens/s of decoding, medians.\n",
         f"- model: {first['model']['name']}, {first['row']['memory']} of it as memory; {first['row']['tokens']} tokens a prompt",
-        f"- machine: {first['machine']['cpu']}, {first['machine']['cores']} cores; {first['time']} to {found[-1][1][-1]['time']}\n",
+        f"- machine: {first['machine']['cpu']}, {first['machine']['cores']} cores; {min(times)} to {max(times)}\n",
         f"| profile | prompts | runs | {' | '.join(names)} | automatic / nothing | / best fixed | MB a token, nothing / automatic | CPU s a token | tokens equal |",
         "|---|---|---|" + "---|" * (len(names) + 5),
     ]
@@ -65,7 +65,6 @@ def cell_table(folder: Path) -> str:
         speed = {name: value[0] if value else math.nan for name, value in medians.items()}
         gains.append(speed[AUTOMATIC] / speed[NOTHING])
         losses.append(speed[AUTOMATIC] / max(speed[name] for name in FIXED))
-
         equal = {report.equal_tokens(name, groups[0]) for name in groups[0]}
         lines.append(
             f"| {cell[0]['profile']['name']} | {cell[0]['prompts'][0]['kind']} | {len(report.usable(runs[AUTOMATIC]))} |"
@@ -73,8 +72,8 @@ def cell_table(folder: Path) -> str:
             f" {both(runs, 'device_read_bytes', 1e6, 0)} | {both(runs, 'cpu_s', 1, 3)} | {' '.join(sorted(equal))} |"
         )
     enough = sum(gain >= 1.2 for gain in gains)
-    lines += ["", f"Against nothing foreseen: geometric mean {math.exp(statistics.fmean(map(math.log, gains))):.2f}, lowest {min(gains):.2f}, 1.2 and more in {enough} of"
-              f" {len(gains)}. Against the best fixed setting of each cell: geometric mean {math.exp(statistics.fmean(map(math.log, losses))):.2f}, lowest {min(losses):.2f}."]  # fmt: skip
+    lines += ["", f"Against nothing foreseen: geometric mean {statistics.geometric_mean(gains):.2f}, lowest {min(gains):.2f}, 1.2 and more in {enough} of"
+              f" {len(gains)}. Against the best fixed setting of each cell: geometric mean {statistics.geometric_mean(losses):.2f}, lowest {min(losses):.2f}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -660,15 +660,16 @@ def reads_measure(
 
     Args:
         store: "auto", "direct" or "buffered".
-        pages: that are read into: "pager" as the pager does, by way of a huge page where there are some; "huge" and "small": bare reads into
-            huge pages, and into small ones from all over memory.
+        pages: that are read into: "pager" as the pager does, by way of a huge page where there are some; "huge" and "small": bare reads
+            into huge pages, and into small ones from all over memory.
 
     Raises:
         ModelFileError: the file cannot be read, or not with this store.
         OptionError: a read lies outside the file.
     """
     at, sizes = np.array(offsets, np.uint64), np.array(lengths, np.uint64)
-    raw = Reads(ctypes.sizeof(Reads), os.fsencode(path), at.ctypes.data, sizes.ctypes.data, len(at), depth, STORES[store], PAGES.index(pages))
+    into = PAGES.index(pages)
+    raw = Reads(ctypes.sizeof(Reads), os.fsencode(path), at.ctypes.data, sizes.ctypes.data, len(at), depth, STORES[store], into)
     check(spac_reads_measure(ctypes.byref(raw)))
     return float(raw.seconds)
 

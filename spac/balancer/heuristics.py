@@ -74,8 +74,8 @@ class Filling:
         of_size = {int(size): np.flatnonzero(sizes == size) for size in np.unique(sizes)}
         taken = {size: int(np.searchsorted(rows, n)) for size, rows in of_size.items()}
         if len(of_size) == 2:
-            (small, large), room = of_size, budget_bytes
-            taken[small], taken[large] = _best_pair(saves[of_size[small]], saves[of_size[large]], small, large, room)
+            small, large = of_size
+            taken[small], taken[large] = _best_pair(saves[of_size[small]], saves[of_size[large]], small, large, budget_bytes)
         for three in itertools.combinations(of_size, 3):
             room = budget_bytes - sum(size * count for size, count in taken.items() if size not in three)
             best = _best_three([saves[of_size[size]] for size in three], three, [taken[size] for size in three], room)

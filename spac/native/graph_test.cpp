@@ -1,5 +1,6 @@
 // The hooks in ggml's own MUL_MAT_ID: outputs on paged weights are bit for bit those on plain weights.
 #include "include/spac.h"
+#include "repack.h"
 #include "testing.h"
 
 #include "ggml-backend.h"
@@ -64,19 +65,6 @@ struct WeightFile {
     ~WeightFile() { unlink(path.c_str()); }
 };
 
-// upstream's own: it rearranges a tensor's weights when they are set
-ggml_backend_buffer_type_t repack_buffer_type() {
-    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    auto get_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu),
-                                                                                              "ggml_backend_dev_get_extra_bufts");
-    for (ggml_backend_buffer_type_t * buft = get_bufts(cpu); *buft; ++buft) {
-        if (std::string(ggml_backend_buft_name(*buft)) == "CPU_REPACK") {
-            return *buft;
-        }
-    }
-    return nullptr;
-}
-
 struct Graph {
     std::unique_ptr<ggml_context, decltype(&ggml_free)> context{ nullptr, ggml_free };
     ggml_backend_buffer_t            weights_buffer = nullptr, data_buffer = nullptr;
@@ -95,7 +83,7 @@ struct Graph {
             }
         }
         auto * buft = store >= 0 ? (ggml_backend_buffer_type_t) spac_buffer_type() :
-                      repack     ? repack_buffer_type() :
+                      repack     ? spac::repack_buffer_type(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)) :  // upstream's own
                                    ggml_backend_cpu_buffer_type();
         size_t size = 0;
         for (ggml_tensor * weight : weights) {

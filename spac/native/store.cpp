@@ -318,7 +318,7 @@ class DirectStore : public AnonymousStore {
         }
         const size_t piece_bytes = most / unit * unit;
         ReadResult result;
-        for (size_t done = 0; done < length && result.os_error == 0; done += piece_bytes) {
+        for (size_t done = 0; done < length; done += piece_bytes) {
             const uint64_t first = offset + done, until = std::min(first + piece_bytes, offset + length);
             const uint64_t block = align_down(first, file.align);
             struct iovec   piece = { landing, (size_t) (align_up(until, file.align) - block) };

@@ -214,7 +214,7 @@ def _while_decoding(plan: Plan, n_ubatch: int, prompt_tokens: int) -> Plan:
 def _misses(work: Work, plan: Plan) -> Misses:
     if not plan.paged:
         return Misses(0.0, 0.0, 0.0)
-    floor = min(0.9, plan.sizes.floor_bytes / plan.sizes.expert_bytes)  # what is being computed and what is being read: nothing is kept there
+    floor = min(0.9, plan.sizes.floor_bytes / plan.sizes.expert_bytes)  # what is computed and what is read: nothing is kept there
     share = max(0.0, (resident_share(work, plan) - floor) / (1 - floor))
     return misses(share, work.architecture, max(layer.n_experts for layer in work.layers), work.n_used)
 
