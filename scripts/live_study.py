@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--memory", default="35%", help="limit of the process, of the model's size, for cpu")
     parser.add_argument("--profiles", nargs="*", default=profiles.names())
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each change (%(default)s)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("rest", nargs="*")
     arguments = parser.parse_args()
@@ -140,24 +141,38 @@ def changes(arguments: argparse.Namespace) -> list[str]:
         lines,
         "# Changes in the middle of an answer", "",
         f"Written by `scripts/live_study.py changes`: {arguments.model.name}, {SHARE:.0%} of it in memory, 1 GB/s, with the draft; the change comes after {BEFORE}",
-        f"tokens, {AFTER} follow. *kept*: the first plan for good. Times by token: median before, the longest of the ten after the change, median of the last",
-        "32. *peak*: of the group from the change on, of its limit then.", "",
+        f"tokens, {AFTER} follow. *kept*: the first plan for good. {arguments.repeats} runs each, in turn; medians of them, of the longest token (smallest to largest), of steps",
+        "and peaks the largest. Times by token: median before, the longest of the ten after the change, median of the last 32. *peak*: of the group from the change",
+        "on, of its limit then.", "",
         "| change | plans | steps to the first new plan | before | longest of ten | last | misses a token, last | peak, of limit | choice before → after | same text |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     )  # fmt: skip
     for change in CHANGES:
-        texts = []
-        for mode in ("live", "kept"):
-            got, run = worker("change-worker", arguments.model, memory, change, mode, memory_bytes=memory, read_bytes_per_s=FAST)
-            texts.append(got["ids"])
-            token_s, at = got["token_s"], got["at"]
-            same = "" if len(texts) < 2 else "yes" if texts[0] == texts[1] else "no"
-            show(lines, f"| {change}, {mode} | {got['plans']} | {got['steps'] if mode == 'live' else ''} | {statistics.median(token_s[8:at]) * 1e3:.0f} ms |"
-                 f" {max(token_s[at : at + 10]) * 1e3:.0f} ms | {statistics.median(token_s[-32:]) * 1e3:.0f} ms |"
-                 f" {statistics.fmean(got['misses'][-32:]):.1f} | {got['peak'] / MIB:.0f} of {got['limit'] / MIB:.0f} MiB |"
-                 f" {got['before']} → {got['after']} | {same} |")  # fmt: skip
-            assert not run.oom_killed
+        runs: dict[str, list[dict[str, Any]]] = {"live": [], "kept": []}
+        for _ in range(arguments.repeats):
+            for mode, of_mode in runs.items():
+                got, run = worker("change-worker", arguments.model, memory, change, mode, memory_bytes=memory, read_bytes_per_s=FAST)
+                assert not run.oom_killed
+                of_mode.append(got)
+        texts = {tuple(got["ids"]) for of_mode in runs.values() for got in of_mode}
+        for mode, of_mode in runs.items():
+            show(lines, change_row(f"{change}, {mode}", of_mode, "" if mode == "live" else "yes" if len(texts) == 1 else "no"))
     return lines
+
+
+def change_row(name: str, runs: list[dict[str, Any]], same: str) -> str:
+    longest = [1e3 * max(got["token_s"][got["at"] : got["at"] + 10]) for got in runs]
+    before = statistics.median(1e3 * statistics.median(got["token_s"][8 : got["at"]]) for got in runs)
+    last = statistics.median(1e3 * statistics.median(got["token_s"][-32:]) for got in runs)
+    misses = statistics.median(statistics.fmean(got["misses"][-32:]) for got in runs)
+    steps = max(-1 if got["steps"] is None else got["steps"] for got in runs) if name.endswith("live") else ""
+    fullest = max(runs, key=lambda got: got["peak"] / got["limit"])
+    choices = "; ".join(sorted({f"{got['before']} → {got['after']}" for got in runs}))
+    return (
+        f"| {name} | {statistics.median(got['plans'] for got in runs):.0f} | {steps} | {before:.0f} ms | {statistics.median(longest):.0f}"
+        f" ({min(longest):.0f} to {max(longest):.0f}) ms | {last:.0f} ms | {misses:.1f} | {fullest['peak'] / MIB:.0f} of {fullest['limit'] / MIB:.0f} MiB"
+        f" | {choices} | {same} |"
+    )
 
 
 def group_file(controller: str, name: str) -> Path:

@@ -46,6 +46,7 @@ class Options:
         folder: for the records.
         threads: 0: one for each core that a row leaves.
         timeout_s: of a run; what it has done by then counts.
+        pause_s: before each run.
         resume: keep complete records that are there already, and do the rest.
         loadgen: let LoadGen drive the engines that can be driven.
         short: see `record.write`.
@@ -59,6 +60,7 @@ class Options:
     threads: int
     folder: Path
     timeout_s: float
+    pause_s: float = 0
     profile: Profile | None = None
     resume: bool = False
     loadgen: bool = False
@@ -144,6 +146,7 @@ class Bench:
         enforced = task.limits.only(*(name for name in task.limits.names() if name not in missing))
         self._save(path, record)  # what a bench that is killed leaves: marked incomplete
         try:
+            time.sleep(self.options.pause_s)
             record["tuning"] = contender.prepare(task, lambda command: self._limited(command, enforced, None))
             if self.options.loadgen:
                 task = dataclasses.replace(task, loadgen_folder=str(path.with_suffix("").resolve()))

@@ -65,6 +65,9 @@ def bench(
     timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="Stop a run after this long; it counts as far as it came.")
     ] = 900,
+    pause: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Wait before each run: a board cools, memory of the run before is given back.")
+    ] = 0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where results go, in a folder of their own.")] = Path("build/bench"),
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of that folder; else suite or profile, and the time.", show_default=False)
@@ -115,6 +118,7 @@ def bench(
         threads=threads,
         folder=out / label,
         timeout_s=timeout,
+        pause_s=pause,
         profile=device,
         resume=resume,
         loadgen=loadgen,
