@@ -91,10 +91,13 @@ def test_without_permission_it_says_so_and_runs_unlimited(bench: Bench, tmp_path
     assert set(record["not_enforced"]) == {"memory_bytes"}
 
 
-def test_a_peer(bench: Bench, tmp_path: Path, fake_peer: Callable[[str], Path]) -> None:
+def test_a_peer(bench: Bench, tmp_path: Path, fake_peer: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     peer = fake_peer("cat {said}")
-    result = bench("--contender", "bigmoe:cache=50", "--peer", f"bigmoe={peer}", "--repeats", 2, "--prompts-per-run", 3)
+    pauses: list[float] = []
+    monkeypatch.setattr("spac.bench.runner.time.sleep", pauses.append)
+    result = bench("--contender", "bigmoe:cache=50", "--peer", f"bigmoe={peer}", "--repeats", 2, "--prompts-per-run", 3, "--pause", 20)
     assert result.code == 0, result.err
+    assert pauses.count(20) == 2
     found = records(tmp_path)
     assert len(found) == 2
     assert len(found[0]["commands"]) == 3  # a process for each prompt
@@ -178,6 +181,7 @@ def test_bad_input_is_one_line(bench: Bench, cli: Cli, tmp_path: Path, monkeypat
     assert cli("bench").code == 2
     assert bench("--suite", "quick", "--memory", "1G").code == 2
     assert bench("--peer", "bigmoe").code == 2
+    assert bench("--pause", "-1").code == 2
     assert not (tmp_path / "t").exists()
 
 
