@@ -141,9 +141,9 @@ def changes(arguments: argparse.Namespace) -> list[str]:
         lines,
         "# Changes in the middle of an answer", "",
         f"Written by `scripts/live_study.py changes`: {arguments.model.name}, {SHARE:.0%} of it in memory, 1 GB/s, with the draft; the change comes after {BEFORE}",
-        f"tokens, {AFTER} follow. *kept*: the first plan for good. {arguments.repeats} runs each, in turn; medians of them, of the longest token (smallest to largest), of steps",
-        "and peaks the largest. Times by token: median before, the longest of the ten after the change, median of the last 32. *peak*: of the group from the change",
-        "on, of its limit then.", "",
+        f"tokens, {AFTER} follow. *kept*: the first plan for good. {arguments.repeats} runs each, in turn; medians of them, of steps and peaks the largest. Times by",
+        "token: median before; of each run the longest of the ten after the change, with its misses; median of the last 32. *peak*: of the group from the change on,",
+        "of its limit then.", "",
         "| change | plans | steps to the first new plan | before | longest of ten | last | misses a token, last | peak, of limit | choice before → after | same text |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     )  # fmt: skip
@@ -161,7 +161,8 @@ def changes(arguments: argparse.Namespace) -> list[str]:
 
 
 def change_row(name: str, runs: list[dict[str, Any]], same: str) -> str:
-    longest = [1e3 * max(got["token_s"][got["at"] : got["at"] + 10]) for got in runs]
+    ten = [[(1e3 * got["token_s"][i], got["misses"][i]) for i in range(got["at"], got["at"] + 10)] for got in runs]
+    longest = [max(of_run) for of_run in ten]
     before = statistics.median(1e3 * statistics.median(got["token_s"][8 : got["at"]]) for got in runs)
     last = statistics.median(1e3 * statistics.median(got["token_s"][-32:]) for got in runs)
     misses = statistics.median(statistics.fmean(got["misses"][-32:]) for got in runs)
@@ -169,8 +170,8 @@ def change_row(name: str, runs: list[dict[str, Any]], same: str) -> str:
     fullest = max(runs, key=lambda got: got["peak"] / got["limit"])
     choices = "; ".join(sorted({f"{got['before']} → {got['after']}" for got in runs}))
     return (
-        f"| {name} | {statistics.median(got['plans'] for got in runs):.0f} | {steps} | {before:.0f} ms | {statistics.median(longest):.0f}"
-        f" ({min(longest):.0f} to {max(longest):.0f}) ms | {last:.0f} ms | {misses:.1f} | {fullest['peak'] / MIB:.0f} of {fullest['limit'] / MIB:.0f} MiB"
+        f"| {name} | {statistics.median(got['plans'] for got in runs):.0f} | {steps} | {before:.0f} ms | {', '.join(f'{ms:.0f} ({missed})' for ms, missed in longest)}"
+        f" ms | {last:.0f} ms | {misses:.1f} | {fullest['peak'] / MIB:.0f} of {fullest['limit'] / MIB:.0f} MiB"
         f" | {choices} | {same} |"
     )
 
