@@ -156,23 +156,25 @@ def changes(arguments: argparse.Namespace) -> list[str]:
                 of_mode.append(got)
         texts = {tuple(got["ids"]) for of_mode in runs.values() for got in of_mode}
         for mode, of_mode in runs.items():
-            show(lines, change_row(f"{change}, {mode}", of_mode, "" if mode == "live" else "yes" if len(texts) == 1 else "no"))
+            show(lines, change_row(change, mode, of_mode, "yes" if len(texts) == 1 else "no"))
     return lines
 
 
-def change_row(name: str, runs: list[dict[str, Any]], same: str) -> str:
-    ten = [[(1e3 * got["token_s"][i], got["misses"][i]) for i in range(got["at"], got["at"] + 10)] for got in runs]
-    longest = [max(of_run) for of_run in ten]
+def change_row(change: str, mode: str, runs: list[dict[str, Any]], same: str) -> str:
+    """`same`: whether all texts were, of both modes."""
+    live = mode == "live"
+    longest = [max((1e3 * got["token_s"][i], got["misses"][i]) for i in range(got["at"], got["at"] + 10)) for got in runs]
     before = statistics.median(1e3 * statistics.median(got["token_s"][8 : got["at"]]) for got in runs)
     last = statistics.median(1e3 * statistics.median(got["token_s"][-32:]) for got in runs)
     misses = statistics.median(statistics.fmean(got["misses"][-32:]) for got in runs)
-    steps = max(-1 if got["steps"] is None else got["steps"] for got in runs) if name.endswith("live") else ""
+    taken = [got["steps"] for got in runs]
+    steps = "" if not live else "never" if None in taken else max(taken)
     fullest = max(runs, key=lambda got: got["peak"] / got["limit"])
     choices = "; ".join(sorted({f"{got['before']} → {got['after']}" for got in runs}))
     return (
-        f"| {name} | {statistics.median(got['plans'] for got in runs):.0f} | {steps} | {before:.0f} ms | {', '.join(f'{ms:.0f} ({missed})' for ms, missed in longest)}"
+        f"| {change}, {mode} | {statistics.median(got['plans'] for got in runs):.0f} | {steps} | {before:.0f} ms | {', '.join(f'{ms:.0f} ({missed})' for ms, missed in longest)}"
         f" ms | {last:.0f} ms | {misses:.1f} | {fullest['peak'] / MIB:.0f} of {fullest['limit'] / MIB:.0f} MiB"
-        f" | {choices} | {same} |"
+        f" | {choices} | {'' if live else same} |"
     )
 
 

@@ -3,8 +3,8 @@
 //   g++ -O2 -o build/measure_touched_reads scripts/measure_touched_reads.cpp -lpthread
 //   build/measure_touched_reads FILE > docs/benchmarks/touched-reads.txt           # a file of a gigabyte or more
 //
-// A virtual disk copies into the guest's memory from a thread of the host. Lines that are in a cache of the guest's processors are then written
-// from wherever that thread runs: as fast as untouched ones, or at little more than half.
+// A virtual disk probably copies into the guest's memory from a thread of the host. Lines that are in a cache of the guest's processors are then
+// written from wherever that thread runs: as fast as untouched ones, or at little more than half.
 
 #include <atomic>
 #include <chrono>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def test_without_permission_it_says_so_and_runs_unlimited(bench: Bench, tmp_path
 def test_a_peer(bench: Bench, tmp_path: Path, fake_peer: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     peer = fake_peer("cat {said}")
     pauses: list[float] = []
-    monkeypatch.setattr("spac.bench.runner.time.sleep", pauses.append)
+    sleep = time.sleep  # others wait for their processes with it
+    monkeypatch.setattr("spac.bench.runner.time.sleep", lambda seconds: (pauses.append(seconds), sleep(min(seconds, 0.02))))
     result = bench("--contender", "bigmoe:cache=50", "--peer", f"bigmoe={peer}", "--repeats", 2, "--prompts-per-run", 3, "--pause", 20)
     assert result.code == 0, result.err
     assert pauses.count(20) == 2
