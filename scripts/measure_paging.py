@@ -8,10 +8,12 @@
 Each run decodes greedily in a control group. The bare reader (spac_reads_measure, in a process of its own), in the same group and so
 behind the same limits, reads the slices that the run had missed.
 
-- `speed`: afterwards the reader takes each token's slices as one stream, six in flight: what the disk alone would need. Then some
-  random slices at once, into huge pages: the time model's table of reads.
+- `speed`: the reader takes each token's slices as one stream, six in flight: what the disk alone would need. After each token, since a disk
+  is not equally fast from second to second; where reads are limited after the run, since a throttled group reads faster after a pause.
+  Once without looking at what it read, once touching every line of it, as whoever needs it must. At the end some random slices at
+  once: the time model's table of reads.
 - `misses`: with each layer's times (spac's recorder), the reader takes the slices after each token, layer by layer, with the token's
-  other time slept between them; once into huge pages, once into small ones from all over memory. The pager's are in between: small, but mostly neighbours.
+  other time slept between them: into huge pages, the same and touched, and into small pages from all over memory.
 - `reference`: everything in memory, with a profile's processors: the trace and the compute times that the model starts from.
 
 The group gets `ROOM_BYTES` more than spac is told, for the reader. Runs that are there already are kept, and those that others
@@ -47,7 +49,8 @@ from spac.trace.timing import READS_IN_FLIGHT, Compute, Reads, limited, predict
 ROOM_BYTES: Final = 112 << 20  # Python, and memory for six reads
 BLOCK: Final = 4096
 DEPTHS: Final = (1, 2, 3, 6)
-PAGES: Final = ("huge", "small")  # that the reader reads into
+STREAMS: Final = ("huge", "touched")  # what the reader reads into, of a token's slices
+PAGES: Final = ("huge", "touched", "small")  # of a layer's
 SAMPLES: Final = 12  # of each depth
 PROMPT_TOKENS: Final = 48
 DISTURBED: Final = 0.05  # processor time of others, by processor time that there was
@@ -140,11 +143,14 @@ def run_worker(config: dict[str, Any]) -> None:
             expert_s = handle.recorder.trace().expert_s[-1]
             for pages in PAGES if i % 2 else PAGES[::-1]:
                 row[pages] = replay_visits(reader, pages, visits, wall_s, expert_s, len(slices[min(slices)]))
+        if kind == "speed" and not config["limited"]:
+            row |= read_bare(reader, missed[-1], i)
         rows.append(row)
     samples = []
     if kind == "speed":
-        for row, chosen in zip(rows, missed, strict=True):
-            row["bare_s"] = reader.seconds(chosen, READS_IN_FLIGHT, "huge")
+        for i, (row, chosen) in enumerate(zip(rows, missed, strict=True)):
+            if config["limited"]:
+                row |= read_bare(reader, chosen, i)
         every = [s for tensors in slices.values() for tensor in tensors for s in tensor]
         shuffle = random.Random(1)
         for i in range(SAMPLES * len(DEPTHS)):
@@ -156,6 +162,11 @@ def run_worker(config: dict[str, Any]) -> None:
     print(json.dumps({"token_ids": ids, "tokens": rows, "samples": samples, "budget_bytes": stats.budget_bytes, "rereads": stats.rereads}))
     engine.llama.close()
     reader.close()
+
+
+def read_bare(reader: BareReader, slices: list[tuple[int, int]], turn: int) -> dict[str, float]:
+    """Seconds of a token's slices as one stream, by `STREAMS`."""
+    return {f"{pages}_s": reader.seconds(slices, READS_IN_FLIGHT, pages) for pages in (STREAMS if turn % 2 else STREAMS[::-1])}
 
 
 def replay_visits(
@@ -193,7 +204,7 @@ def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: i
     trace = str(out / f"trace-{name}.npz") if record_routing and kind == "reference" else ""
     config = {
         "kind": kind, "engine": "spac", "model": str(model), "tokens": tokens, "prompt_tokens": PROMPT_TOKENS,
-        "threads": limits.cores or default_threads(), "trace": trace,
+        "threads": limits.cores or default_threads(), "trace": trace, "limited": limits.read_bytes_per_s is not None,
         "arguments": {"paging": "on", "memory": limits.memory_bytes or 2 * size, "record_routing": record_routing},
     }  # fmt: skip
     record: dict[str, Any] = {
@@ -369,18 +380,19 @@ def bounds(runs: list[dict[str, Any]]) -> list[str]:
     """Decoding as a share of max(resident compute time, the missed bytes in the bare reader's time)."""
     lines = [
         "## Share of the bound\n", "Bound: the longer of computing with everything in memory and of reading what the run missed, by the bare reader in the same run, six slices in flight.",
-        "*Both in turn*: the sum of the two, which is what remains where a layer's reads can begin only when its router has chosen.\n",
-        "| profile | memory | reads limited to | MB a token | ms a token | computing, ms | bare reading, ms | share of the bound | of both in turn |", "|---|---|---|---|---|---|---|---|---|",
+        "*Touched*: a bare reader that touches every line of what it read, once, as whoever computes with it must. *Both in turn*: the sum of computing and of reading, touched, which is what remains where a layer's reads can begin only when its router has chosen.\n",
+        "| profile | memory | reads limited to | MB a token | ms a token | computing, ms | bare reading, ms | touched, ms | share of the bound | of the bound, touched | of both in turn |", "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     plain = {r["profile"]: statistics.fmean([row["wall_s"] for row in r["tokens"]]) for r in runs if r["kind"] == "reference" and r["memory"] == "plain"}
     for run in runs:
         if run["kind"] == "speed":
             n = len(run["tokens"])
-            wall, bare = (sum(row[key] for row in run["tokens"]) / n for key in ("wall_s", "bare_s"))
+            wall, bare, touched = (sum(row[key] for row in run["tokens"]) / n for key in ("wall_s", "huge_s", "touched_s"))
             compute = plain[run["profile"]]
             n_bytes = sum(row["bytes_read"] for row in run["tokens"]) / n
             lines.append(
-                f"| {label(run)} | {n_bytes / 1e6:.1f} | {wall * 1e3:.1f} | {compute * 1e3:.1f} | {bare * 1e3:.1f} | {max(compute, bare) / wall:.1%} | {(compute + bare) / wall:.1%} |"
+                f"| {label(run)} | {n_bytes / 1e6:.1f} | {wall * 1e3:.1f} | {compute * 1e3:.1f} | {bare * 1e3:.1f} | {touched * 1e3:.1f}"
+                f" | {max(compute, bare) / wall:.1%} | {max(compute, touched) / wall:.1%} | {(compute + touched) / wall:.1%} |"
             )
     return lines
 
@@ -390,8 +402,8 @@ def misses(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Cost of a miss\n",
         "A layer's time from its router's end to its experts' last product, less the last slice's product, against the bare reader's for the layer's missing slices, six in flight:",
-        "*huge*, *small*: pages that it reads into; the pager's are in between, small ones that mostly are neighbours in memory. Sums over all such layers of a run; in brackets: where 1 / 2 / 3 / 4 of the layer's four bundles were missing.\n",
-        "| profile | memory | reads limited to | layers | ms, paged | ms, huge | ms, small | paged / huge | paged / small |", "|---|---|---|---|---|---|---|---|---|",
+        "*huge*, *touched*, *small*: into huge pages, the same and then touching every line of it, into small pages from all over memory. Sums over all such layers of a run; in brackets: where 1 / 2 / 3 / 4 of the layer's four bundles were missing.\n",
+        "| profile | memory | reads limited to | layers | ms, paged | ms, huge | ms, touched | ms, small | paged / huge | paged / touched |", "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for run in runs:
         if run["kind"] == "misses":
@@ -400,8 +412,9 @@ def misses(runs: list[dict[str, Any]]) -> list[str]:
             product_s = (statistics.median(hits) if hits else 0.0) / 12  # of four experts' three slices
             found = {pages: [(n, seconds - product_s, bare) for n, seconds, bare in visits[pages] if n > 0] for pages in PAGES}
             n = len(found["huge"])
-            paged, huge, small = (f"{sum(values) / n * 1e3:.2f}" for values in ([v[1] for v in found["huge"]], *([v[2] for v in found[m]] for m in PAGES)))
-            lines.append(f"| {label(run)} | {n} | {paged} | {huge} | {small} | {ratios(found['huge'])} | {ratios(found['small'])} |")
+            seconds = [[v[1] for v in found["huge"]], *([v[2] for v in found[pages]] for pages in PAGES)]
+            columns = [f"{sum(values) / n * 1e3:.2f}" for values in seconds]
+            lines.append(f"| {label(run)} | {n} | {' | '.join(columns)} | {ratios(found['huge'])} | {ratios(found['touched'])} |")
     return lines
 
 

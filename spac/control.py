@@ -43,7 +43,7 @@ E_CANCELLED: Final = -6
 E_MEMORY: Final = -7
 
 STORES: Final = {"auto": 0, "direct": 1, "buffered": 2, "mmap": 3, "mock": 4}
-PAGES: Final = ("pager", "huge", "small")  # SPAC_PAGES_*
+PAGES: Final = ("pager", "huge", "small", "touched")  # SPAC_PAGES_*
 
 
 # typedef struct spac_options { uint64_t struct_size; int32_t store, n_io_threads, repack, reserved; } spac_options;
@@ -661,7 +661,7 @@ def reads_measure(
     Args:
         store: "auto", "direct" or "buffered".
         pages: that are read into: "pager" as the pager does, by way of a huge page where there are some; "huge" and "small": bare reads
-            into huge pages, and into small ones from all over memory.
+            into huge pages, and into small ones from all over memory; "touched": into huge ones, and every line is touched then.
 
     Raises:
         ModelFileError: the file cannot be read, or not with this store.

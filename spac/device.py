@@ -45,6 +45,8 @@ BATCHES: Final = (1, 4, 16, 64)
 SCRATCH_BYTES: Final = 256 * MIB
 PROBE_SCRATCH_BYTES: Final = 64 * MIB
 CELL_S: Final = 0.1  # for one size and depth
+SLOW: Final = 30  # times as long as was meant: no more batches
+ROUNDS: Final = 3  # in which reads are measured, products between them: disks are not equally fast from second to second
 PRODUCT_SHAPE: Final = (2048, 768)  # columns and rows of an expert's matrix, as in models of 30 billion parameters
 PRODUCT_BYTES: Final = 64 * MIB  # more than caches hold
 
@@ -57,7 +59,8 @@ class ReadRow:
         store: "direct" or "buffered".
         size_bytes: of each.
         depth: how many.
-        seconds: until the last one is there, median; a tenth of the batches were faster than `fast_s`, a tenth slower than `slow_s`.
+        seconds: until the last one is there: mean, without the fastest and the slowest tenth of the batches; `fast_s`, `slow_s`: of the
+            batches that are left, the fastest and the slowest one.
     """
 
     store: str
@@ -162,25 +165,29 @@ def measure(path: Path, *, n_threads: int, progress: Callable[[str], None] | Non
 
     say = progress or (lambda _: None)
     begin = time.perf_counter()
-    reads: list[ReadRow] = []
-    with readable(path, SCRATCH_BYTES) as file:
-        for store in STORES:
-            try:
-                for size, depth in itertools.product(SIZES, DEPTHS):
-                    say(f"{store} reads, {size // KIB} KiB, {depth} at once")
-                    reads += read_rows(file, store, [size], [depth], CELL_S)
-            except ModelFileError:
-                if store == STORES[-1]:  # this file system refuses O_DIRECT: the other store serves
-                    raise
+    stores = list(STORES)
     products: list[ProductRow] = []
     repack: dict[str, float] = {}
-    for name in TYPES:
-        say(f"products of {name}")
-        measure_type(name, BATCHES, n_threads, products, repack)
+    with readable(path, SCRATCH_BYTES) as file:
+        reads = {store: ReadTimes(file, store, SIZES, DEPTHS) for store in STORES}
+        for i in range(ROUNDS):
+            for store in tuple(stores):
+                try:
+                    for size, depth in reads[store].cells:
+                        say(f"{store} reads, {size // KIB} KiB, {depth} at once")
+                        reads[store].add(size, depth, CELL_S / ROUNDS)
+                except ModelFileError:
+                    if store == STORES[-1]:  # this file system refuses O_DIRECT: the other store serves
+                        raise
+                    stores.remove(store)
+            for name in TYPES[len(TYPES) * i // ROUNDS : len(TYPES) * (i + 1) // ROUNDS]:
+                say(f"products of {name}")
+                measure_type(name, BATCHES, n_threads, products, repack)
     say("memory and threads")
     return Device(
-        **identity(path), threads=n_threads, reads=tuple(reads), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
-        wakeup_s=control.wakeup_measure(200), memory_bytes_per_s=control.bandwidth_measure(128 * MIB, n_threads),
+        **identity(path), threads=n_threads, reads=tuple(row for store in stores for row in reads[store].rows()),
+        products=tuple(products), repack=repack, op_s=measure_op(n_threads), wakeup_s=control.wakeup_measure(200),
+        memory_bytes_per_s=control.bandwidth_measure(128 * MIB, n_threads),
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
 
@@ -196,48 +203,69 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
     begin = time.perf_counter()
     size = min(max(read_bytes // (4 * KIB) * 4 * KIB, SIZES[0]), SIZES[-1])
     with readable(path, PROBE_SCRATCH_BYTES) as file:
-        try:
-            reads = read_rows(file, "direct", [size], (1, 3, 6), CELL_S / 2)
-        except ModelFileError:
-            reads = read_rows(file, "buffered", [size], (1, 3, 6), CELL_S / 2)
+        for store in STORES:
+            reads = ReadTimes(file, store, [size], (1, 3, 6))
+            try:
+                for cell in reads.cells:
+                    reads.add(*cell, CELL_S / 2)
+                break
+            except ModelFileError:
+                if store == STORES[-1]:
+                    raise
     products: list[ProductRow] = []
     repack: dict[str, float] = {}
     for name in dict.fromkeys(types):
         measure_type(name, (1, 32), n_threads, products, repack, CELL_S / 4)
     return Device(
-        **identity(path), threads=n_threads, reads=tuple(reads), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
+        **identity(path), threads=n_threads, reads=tuple(reads.rows()), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
         wakeup_s=control.wakeup_measure(20), memory_bytes_per_s=control.bandwidth_measure(64 * MIB, n_threads), quick=True,
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
 
 
-def read_rows(file: Path, store: str, sizes: Sequence[int], depths: Sequence[int], cell_s: float) -> list[ReadRow]:
-    """Time batches of reads from random places; a place is read again only when all have been.
+class ReadTimes:
+    """Batches of reads from random places of a file, timed; a place is read again only when all have been.
 
-    Raises:
-        ModelFileError: the file cannot be read, or not with this store.
+    Attributes:
+        cells: size and depth of what is measured: not what file or memory are too small for.
     """
-    import psutil
 
-    from spac import control
+    def __init__(self, file: Path, store: str, sizes: Sequence[int], depths: Sequence[int]) -> None:
+        import psutil
 
-    total, free = file.stat().st_size, psutil.virtual_memory().available
-    rows = []
-    for size, depth in itertools.product(sizes, depths):
-        if size * depth > min(total, free // 4):
-            continue
-        places = [i * size for i in range(total // size)]
-        random.Random(size * depth).shuffle(places)
-        turn = itertools.cycle(places)
-        times: list[float] = []
-        end = time.perf_counter() + cell_s
-        while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
-            times.append(control.reads_measure(str(file), list(itertools.islice(turn, depth)), [size] * depth, depth=depth, store=store))
-            if sum(times) > 10 * cell_s:  # a slow disk: one batch has to do
+        self._file, self._store = str(file), store
+        total, free = file.stat().st_size, psutil.virtual_memory().available
+        self.cells = [cell for cell in itertools.product(sizes, depths) if math.prod(cell) <= min(total, free // 4)]
+        self._times: dict[tuple[int, int], list[float]] = {cell: [] for cell in self.cells}
+        self._places = {}
+        for size, depth in self.cells:
+            places = [i * size for i in range(total // size)]
+            random.Random(size * depth).shuffle(places)
+            self._places[size, depth] = itertools.cycle(places)
+
+    def add(self, size: int, depth: int, seconds: float) -> None:
+        """Batches for about so long, one at least; on a slow disk, none after those that there are.
+
+        Raises:
+            ModelFileError: the file cannot be read, or not with this store.
+        """
+        from spac import control
+
+        end, times = time.perf_counter() + seconds, self._times[size, depth]
+        while sum(times) < SLOW * seconds:
+            places = list(itertools.islice(self._places[size, depth], depth))
+            times.append(control.reads_measure(self._file, places, [size] * depth, depth=depth, store=self._store))
+            if time.perf_counter() >= end:
                 break
-        times.sort()
-        rows.append(ReadRow(store, size, depth, times[len(times) // 2], times[len(times) // 10], times[-1 - len(times) // 10]))
-    return rows
+
+    def rows(self) -> list[ReadRow]:
+        """What came out."""
+        return [self._row(size, depth, sorted(self._times[size, depth])) for size, depth in self.cells]
+
+    def _row(self, size: int, depth: int, times: list[float]) -> ReadRow:
+        tenth = len(times) // 10
+        usual = times[tenth : len(times) - tenth]
+        return ReadRow(self._store, size, depth, sum(usual) / len(usual), usual[0], usual[-1])
 
 
 def measure_type(

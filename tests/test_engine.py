@@ -13,6 +13,7 @@ import pytest
 
 import spac
 from spac import control
+from spac.balancer.live import LiveBalancer
 from spac.balancer.state import Choice
 from spac.bench.prompt import load as load_prompts
 from spac.engine import HORIZON, Foresight, SignalStats, _candidates
@@ -163,6 +164,18 @@ def test_drafts_are_not_made_where_nothing_is_waited_for(model_path: Path, draft
     speculation = Speculation(draft, 0)
     answers(llama, speculation, n_prompts=1, n_tokens=200)
     assert llama.spac.horizon() == 0
+    llama.close()
+
+
+def test_a_draft_is_not_asked_before_a_decode_waited_long_for_reads(model_path: Path, draft: ModelDraft, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(ModelDraft, "propose", lambda _, sequence, n: asked.append(n) or Proposal([], []))
+    llama = load(model_path, share=0.5)
+    speculation = Speculation(draft, 0)
+    for waits in (False, True):
+        monkeypatch.setattr(LiveBalancer, "waits_for_reads", waits)
+        answers(llama, speculation, n_prompts=1, n_tokens=HORIZON + 2)
+        assert asked[:1] == [HORIZON] * waits
     llama.close()
 
 

@@ -223,6 +223,7 @@ class LiveBalancer:
         choice: of the last plan; None before the first one.
         plans: how many there were; `late`: of these, how many came too late to be used.
         cpu_s: that the thread has used.
+        has_drafted: there is a draft, and it was asked.
         verifies: whether drafted tokens may be verified.
         draft_bytes: of memory that would be free without the draft; 0: it cannot go.
         gives_back: experts would make more of the draft's memory than it saves: it should be closed.
@@ -231,13 +232,13 @@ class LiveBalancer:
     def __init__(self, model: Model, solve: Callable[[State], Plan] = greedy) -> None:
         self.choice: Choice | None = None
         self.plans, self.late, self.cpu_s = 0, 0, 0.0
+        self.has_drafted = False
         self.verifies = True
         self.draft_bytes = 0
         self.gives_back = False
         self._not_worth = 0  # plans in a row
         self.measured = Measured()
         self._model, self._solve = model, solve
-        self._drafts = False
         self._marks: tuple[tuple[float, ...], float] | None = None  # that the last plan was asked with
         self._steps = 0  # since then
         self._wake = threading.Condition()
@@ -246,9 +247,16 @@ class LiveBalancer:
         self._closed = False
 
     def drafted(self, chances: Sequence[float], known: Sequence[float], seconds: float) -> None:
-        """See `Measured.drafted`."""
-        self._drafts = True
+        """See `Measured.drafted`. The first time, the next plan is a first one: those before it knew of no draft."""
+        if not self.has_drafted:
+            self.has_drafted, self.choice = True, None
+            self._marks, self._steps = None, 0
         self.measured.drafted(chances, known, seconds)
+
+    @property
+    def waits_for_reads(self) -> bool:
+        """Whether decoding waits for longer than it computes. Else the fifth of its waiting that a draft may save is less than drafting."""
+        return self.measured.stall_s.get() > self.measured.compute_s[0].get()
 
     def decoded(self, decode: Decode) -> None:
         """A decode is done; a plan is asked for if it is time."""
@@ -265,7 +273,7 @@ class LiveBalancer:
             return
         self._marks, self._steps = (self.measured.marks(), self.measured.accepted[0].get()), 0
         with self._wake:
-            self._asked = self._model.state(self.measured, self._drafts, self.verifies)
+            self._asked = self._model.state(self.measured, self.has_drafted, self.verifies)
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="spac-balancer", daemon=True)
                 self._thread.start()
@@ -310,7 +318,7 @@ class LiveBalancer:
         self.plans += 1
 
     def _weigh_draft(self, plan: Plan, state: State) -> None:
-        if self.draft_bytes and state.draft_s is not None:
+        if self.draft_bytes:
             without = self._solve(self._model.without_draft(state, self.draft_bytes))
             better = without.seconds_per_token < plan.seconds_per_token * (1 - BETTER)
             self._not_worth = self._not_worth + 1 if better else 0

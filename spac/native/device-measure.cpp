@@ -33,6 +33,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr size_t huge_page    = 2 << 20;
+constexpr size_t line_bytes   = 64;
 constexpr int    max_threads  = 1024;
 constexpr size_t max_read     = (size_t) 1 << 30;
 
@@ -102,7 +103,7 @@ int measure_reads(spac_reads & test, int store_id) {
     std::atomic<int>        error{ 0 };
     const auto serve = [&] {
         ReadMemory memory;
-        if (!memory.allocate(longest, test.pages == SPAC_PAGES_HUGE)) {
+        if (!memory.allocate(longest, test.pages == SPAC_PAGES_HUGE || test.pages == SPAC_PAGES_TOUCHED)) {
             error = ENOMEM;
         }
         if (test.pages == SPAC_PAGES_PAGER) {
@@ -119,6 +120,9 @@ int measure_reads(spac_reads & test, int store_id) {
                 store->read_in_place(file, memory.data, test.lengths[i], test.offsets[i]);
             if (result.os_error != 0) {
                 error = result.os_error;
+            }
+            for (size_t at = 0; test.pages == SPAC_PAGES_TOUCHED && at < test.lengths[i]; at += line_bytes) {
+                (void) *(volatile const char *) (memory.data + at);
             }
         }
         lock.lock();

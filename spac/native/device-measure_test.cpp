@@ -21,7 +21,7 @@ TEST_CASE("reads of whole blocks are timed with both stores, into all kinds of p
     TempFile temp(1 << 20);
     const std::vector<uint64_t> offsets = { 0, 65536, 131072, 524288, 983040 }, lengths(5, 65536);
     for (int store : { SPAC_STORE_AUTO, SPAC_STORE_BUFFERED }) {
-        for (int pages : { SPAC_PAGES_PAGER, SPAC_PAGES_HUGE, SPAC_PAGES_SMALL }) {
+        for (int pages : { SPAC_PAGES_PAGER, SPAC_PAGES_HUGE, SPAC_PAGES_SMALL, SPAC_PAGES_TOUCHED }) {
             spac_reads test = reads_of(temp, offsets, lengths, store);
             test.pages      = pages;
             CAPTURE(spac_last_error());

@@ -28,6 +28,7 @@ OPS_PER_LAYER: Final = 45  # of a graph that compute next to nothing, beside the
 TOKEN_S: Final = 0.5e-3  # sampling and Python, for each token
 COMPUTE_SPREAD: Final = 1.15  # either way: other programs, clocks, shapes of matrices
 READ_SPREAD: Final = 1.1  # a token's reads against the disk's mean
+LIMIT_SPREAD: Final = 1.05  # either way: what is said of a disk's speed is a round figure
 GROWTH_BYTES: Final = 12 * MIB  # of the process between planning and decoding: heap, stacks, what reads arrive in, what the signals learn
 READING_SPEED: Final = 5.0  # tokens/s: as fast as people read
 LEAST_BITS: Final = 4.0  # below, quality falls quickly
@@ -46,6 +47,11 @@ class LayerWork:
     bundle_bytes: int
     page_bytes: int
     weights: tuple[tuple[str, int], ...]
+
+    @property
+    def read_bytes(self) -> int:
+        """That the disk gives for one: a slice begins and ends somewhere in a block."""
+        return self.bundle_bytes + PARTS * PAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -190,17 +196,19 @@ def speed(work: Work, plan: Plan, machine: Machine, *, n_ctx: int, n_ubatch: int
     attention_s = plan.sizes.context_bytes * known / machine.device.memory_bytes_per_s
     expected = _misses(work, _while_decoding(plan, n_ubatch, prompt_tokens))
 
-    def decode(miss: float, compute: float, which: str) -> float:
-        return 1 / decode_s(work, machine, miss, machine.reads(which), attention_s=attention_s, slower=compute)
+    def decode(miss: float, compute: float, which: str, limit: float) -> float:
+        reads = machine.reads(which)
+        limited = dataclasses.replace(reads, limit_bytes_per_s=reads.limit_bytes_per_s and reads.limit_bytes_per_s * limit)
+        return 1 / decode_s(work, machine, miss, limited, attention_s=attention_s, slower=compute)
 
     prefill = prefill_s(work, plan, machine, n_ubatch, prompt_tokens)
     return Speed(
-        decode_tokens_per_s=decode(expected.median, 1.0, "seconds"),
-        low_tokens_per_s=decode(min(1.0, expected.high * READ_SPREAD), COMPUTE_SPREAD, "slow_s"),
-        high_tokens_per_s=decode(expected.low / READ_SPREAD, 1 / COMPUTE_SPREAD, "fast_s"),
+        decode_tokens_per_s=decode(expected.median, 1.0, "seconds", 1.0),
+        low_tokens_per_s=decode(min(1.0, expected.high * READ_SPREAD), COMPUTE_SPREAD, "slow_s", 1 / LIMIT_SPREAD),
+        high_tokens_per_s=decode(expected.low / READ_SPREAD, 1 / COMPUTE_SPREAD, "fast_s", LIMIT_SPREAD),
         prefill_tokens_per_s=prompt_tokens / prefill,
         ttft_s=prefill,
-        read_bytes_per_token=expected.median * work.n_used * sum(layer.bundle_bytes for layer in work.layers),
+        read_bytes_per_token=expected.median * work.n_used * sum(layer.read_bytes for layer in work.layers),
         miss_rate=expected.median,
     )
 
@@ -241,8 +249,8 @@ def decode_s(work: Work, machine: Machine, miss: float, reads: Reads, *, attenti
         for missed in range(work.n_used + 1):
             chance = math.comb(work.n_used, missed) * miss**missed * (1 - miss) ** (work.n_used - missed)
             if chance > 1e-6:
-                waiting_s += n * chance * layer_s(work.n_used, missed, layer.bundle_bytes, compute, reads)
-    read_bytes = miss * work.n_used * sum(layer.bundle_bytes for layer in work.layers)
+                waiting_s += n * chance * layer_s(work.n_used, missed, layer.read_bytes, compute, reads)
+    read_bytes = miss * work.n_used * sum(layer.read_bytes for layer in work.layers)
     return max(waiting_s, busy_s / (machine.limits.cpu_share or 1.0), read_bytes / (reads.limit_bytes_per_s or math.inf))
 
 
@@ -262,10 +270,10 @@ def prefill_s(work: Work, plan: Plan, machine: Machine, n_ubatch: int, prompt_to
             used = layer.n_experts * (1 - (1 - work.n_used / layer.n_experts) ** n)
             compute_s += count * used * machine.compute_s(layer.weights, n * work.n_used / used)
             if plan.paged:
-                size = layer.bundle_bytes / PARTS
+                size = layer.read_bytes / PARTS
                 rate = min(reads.bytes_per_s(size, READS_IN_FLIGHT), reads.limit_bytes_per_s or math.inf)
                 rate = 1 / (1 / rate + machine.slice_s(layer) / READS_IN_FLIGHT / size)
-                read_s += count * used * (1.0 if first else 1 - share) * layer.bundle_bytes / rate
+                read_s += count * used * (1.0 if first else 1 - share) * layer.read_bytes / rate
         seconds += max(compute_s / (machine.limits.cpu_share or 1.0), read_s)
         left, first = left - n, False
     return seconds + TOKEN_S

@@ -127,6 +127,32 @@ def test_without_a_draft_nothing_is_drafted(balancer: LiveBalancer) -> None:
     assert balancer.choice.drafted == 0
 
 
+def test_a_draft_is_first_asked_where_decoding_waits_for_longer_than_it_computes(balancer: LiveBalancer) -> None:
+    assert not balancer.waits_for_reads  # nothing was decoded
+    balancer.decoded(replace(WAITING, seconds=0.031, stall_s=0.014))
+    assert not balancer.waits_for_reads
+    for _ in range(live.FIRST_PLAN):
+        balancer.decoded(WAITING)
+    assert balancer.waits_for_reads
+    planned(balancer, 1)
+    assert balancer.choice is not None
+    assert (balancer.has_drafted, balancer.choice.drafted) == (False, 0)
+    feed(balancer, WAITING, 1)
+    assert (balancer.has_drafted, balancer.choice) == (True, None)  # that plan knew no draft
+    feed(balancer, WAITING, live.FIRST_PLAN - 1)
+    until(lambda: balancer.choice is not None and balancer.choice.drafted > 0)
+
+
+def test_a_draft_that_is_never_asked_goes_too(balancer: LiveBalancer) -> None:
+    balancer.draft_bytes = 300 * MIB
+    for n in range(live.GIVE_BACK_PLANS):
+        for _ in range(live.MOST_STEPS):
+            balancer.decoded(replace(WAITING, seconds=0.06, stall_s=0.029))
+        planned(balancer, n + 1)
+    until(lambda: balancer.gives_back)
+    assert not balancer.has_drafted
+
+
 def test_nothing_is_read_ahead_where_the_disk_has_no_idle_time(balancer: LiveBalancer) -> None:
     ahead = replace(WAITING, seconds=0.2, stall_s=0.19, ahead_bytes=60 * MIB, wasted_bytes=24 * MIB)
     for _ in range(live.FIRST_PLAN):

@@ -216,9 +216,10 @@ typedef struct spac_simulation {
 
 // what is read into
 enum {
-    SPAC_PAGES_PAGER = 0,  // as the pager does: small pages, by way of a huge one where there are some
-    SPAC_PAGES_HUGE  = 1,  // a bare read into huge pages: the least that a read can take
-    SPAC_PAGES_SMALL = 2,  // a bare read into small pages from all over memory
+    SPAC_PAGES_PAGER   = 0,  // as the pager does: small pages, by way of a huge one where there are some
+    SPAC_PAGES_HUGE    = 1,  // a bare read into huge pages: the least that a read can take
+    SPAC_PAGES_SMALL   = 2,  // a bare read into small pages from all over memory
+    SPAC_PAGES_TOUCHED = 3,  // a bare read into huge pages, of which the thread then touches every line: the least for who uses what it read
 };
 
 // Reads of a file, each into memory of its reading thread, as many in flight as there are threads
