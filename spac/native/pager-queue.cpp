@@ -18,7 +18,7 @@ static constexpr int prefetch_deadline = 3;
 // A prefetch begins only while no demand is being read, and only so many at a time: what a demand that comes in between has to
 // share the device with. It is read in pieces, so that it can be abandoned.
 static constexpr int    max_reading_ahead = 2;
-static constexpr size_t piece_bytes       = 1 << 20;
+static constexpr size_t piece_bytes       = (1 << 20) - (1 << 16);  // with its first and last block one read of a store
 
 //
 // the queue

@@ -316,7 +316,9 @@ class DirectStore : public AnonymousStore {
         if (!landing || unit > most) {
             return Store::read(file, address, length, offset, arrangement);
         }
-        const size_t piece_bytes = most / unit * unit;
+        // of about one size: what little a last one had left would take nearly as long as a whole piece
+        const size_t n_units = (length + unit - 1) / unit, most_units = most / unit, n_pieces = (n_units + most_units - 1) / most_units;
+        const size_t piece_bytes = n_pieces > 0 ? (n_units + n_pieces - 1) / n_pieces * unit : unit;
         ReadResult result;
         for (size_t done = 0; done < length; done += piece_bytes) {
             const uint64_t first = offset + done, until = std::min(first + piece_bytes, offset + length);
