@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Misses by share of the experts in memory, request by request from an empty cache: what spac/plan/miss_curve.py interpolates.
 
-    .venv/bin/python scripts/trace_demo.py build/demo/run.npz --as-run
+    .venv/bin/python scripts/trace_demo.py build/demo/run.npz --penalty
     .venv/bin/python scripts/miss_curve.py build/demo/run.npz [TRACE ...] > docs/benchmarks/plan/misses.md
 
 A request is replayed alone through the pager's policy. Its prompt, or where none was recorded its first tokens, fill the cache; then

@@ -4,6 +4,7 @@
     make build build/demo/4g.gguf && .venv/bin/spac tune build/demo
     .venv/bin/python scripts/plan_study.py build/demo/4g.gguf build/demo/spac-demo-1g.gguf --out docs/benchmarks/plan
     .venv/bin/python scripts/plan_study.py --report docs/benchmarks/plan        # the table again
+    .venv/bin/python scripts/plan_study.py MODEL... --report docs/benchmarks/plan --predict-again   # and what is predicted, now
     .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 8.59   # docs/benchmarks/plan/time-model.md
 
 Each run is a process of its own in a profile's limits. It answers one of the benchmark's prompts of each kind, each from no expert in
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from spac.bench import profile as profiles
 from spac.bench import prompt as prompts
@@ -35,6 +36,9 @@ from spac.bench import record as records
 from spac.cli import plan as plans
 from spac.gguf.check import check_model
 from spac.host import limits as cgroups
+
+if TYPE_CHECKING:
+    import spac
 
 PROFILES: Final = ("native-500M", "pi5-8g-nvme", "pi5-sd", "pi4-usb3", "jetson-orin-nano-nvme", "laptop-16g-nvme", "native")
 MEMORIES: Final = (12, 25, 50)
@@ -48,10 +52,21 @@ AIM: Final = 0.15
 DISTURBED: Final = 0.1
 
 
+def penalising_sampler(llama: spac.Llama, seed: int) -> Any:
+    """At temperature 0.8, with a penalty on what was sampled before."""
+    from spac.seam import internals
+
+    sampler = internals.LlamaSampler()
+    sampler.add_penalties(llama.n_vocab(), 64, REPEAT_PENALTY, 0.0, 0.0)
+    sampler.add_top_k(40)
+    sampler.add_temp(0.8)
+    sampler.add_dist(seed)
+    return sampler
+
+
 def run_worker(config: dict[str, Any]) -> None:
     """A run, as a process of its own: prints one JSON object."""
     import spac
-    from spac.seam import internals
 
     llama = spac.Llama(config["model"], memory=config["memory"], n_ctx=CTX, n_batch=512, n_threads=config["threads"], verbose=False)
     answers = []
@@ -64,11 +79,7 @@ def run_worker(config: dict[str, Any]) -> None:
         llama.eval(tokens)
         answer: dict[str, Any] = {"prompt_tokens": len(tokens), "ttft_s": time.perf_counter() - begin}
         before = llama.spac.stats()
-        with contextlib.closing(internals.LlamaSampler()) as sampler:
-            sampler.add_penalties(llama.n_vocab(), 64, REPEAT_PENALTY, 0.0, 0.0)
-            sampler.add_top_k(40)
-            sampler.add_temp(0.8)
-            sampler.add_dist(config["seed"])
+        with contextlib.closing(penalising_sampler(llama, config["seed"])) as sampler:
             begin = time.perf_counter()
             for _ in range(config["tokens"]):
                 llama.eval([sampler.sample(llama._ctx, -1)])
@@ -103,15 +114,20 @@ def predict(model: Path, profile: str, memory: int, prompt_tokens: int) -> dict[
     return found
 
 
-def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
+def ask(model: Path, name: str, memory: int, repeat: int) -> tuple[list[str], cgroups.Limits, dict[str, Any]]:
+    """A run's prompts, one of each kind, its limits, and what is predicted of it."""
     every = prompts.load(())
-    chosen = [every[(repeat * KINDS + i) % len(every)].text for i in range(KINDS)]  # one of each kind
+    chosen = [every[(repeat * KINDS + i) % len(every)].text for i in range(KINDS)]
     size = model.stat().st_size
     limit = size * memory // 100
     with tempfile.TemporaryDirectory() as folder:
         profile = profile_file(name, Path(folder))
         limits = dataclasses.replace(profiles.load(profile).limits(size), memory_bytes=limit)
-        predicted = predict(model, profile, limit, sum(len(text) for text in chosen) // KINDS // 4)
+        return chosen, limits, predict(model, profile, limit, sum(len(text) for text in chosen) // KINDS // 4)
+
+
+def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
+    chosen, limits, predicted = ask(model, name, memory, repeat)
     record: dict[str, Any] = {
         "model": model.name, "profile": name, "memory": memory, "repeat": repeat, "predicted": predicted,
         "limits": dataclasses.asdict(limits), "not_enforced": cgroups.unenforceable(limits, [model]), "machine": records.machine(),
@@ -120,7 +136,7 @@ def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
     tokens = TOKENS
     if predicted["decode_tokens_per_s"]:
         tokens = min(TOKENS, max(LEAST_TOKENS, int(RUN_S * predicted["decode_tokens_per_s"] / KINDS)))
-    config = {"model": str(model), "memory": limit, "prompts": chosen, "tokens": tokens, "seed": repeat, "threads": limits.cores}
+    config = {"model": str(model), "memory": limits.memory_bytes, "prompts": chosen, "tokens": tokens, "seed": repeat, "threads": limits.cores}
     enforced = {key: value for key, value in dataclasses.asdict(limits).items() if key not in record["not_enforced"]}
     busy_s, begin = machine_busy_s(), time.monotonic()
     run = cgroups.run_limited([sys.executable, __file__, "--worker", json.dumps(config)], **enforced, measure=True, files=[model])
@@ -232,6 +248,7 @@ def main() -> None:
     parser.add_argument("--memory", action="append", type=int, choices=MEMORIES, help="only these, %% of the model; repeat it")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--report", type=Path, help="only make the table again")
+    parser.add_argument("--predict-again", action="store_true", help="with --report: what was measured stays, predictions are made anew")
     parser.add_argument("--time-model", type=Path, metavar="FOLDER", help="only try the time model on runs of measure_paging.py")
     parser.add_argument("--repack", type=float, default=0, metavar="N", help="billions of Q4_0 weights that a thread rearranges a second")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -259,6 +276,14 @@ def main() -> None:
                         path.write_text(json.dumps(record, separators=(",", ":")) + "\n")
                         said = record.get("error") or ", ".join(f"{answer['tokens_per_s']:.2f}" for answer in record["answers"]) + " tokens/s"
                         print(f"{path.name}: {said}, predicted {record['predicted']['decode_tokens_per_s']}", file=sys.stderr)
+    elif options.predict_again:
+        for path in (folder / "runs").glob("*.json"):
+            run = json.loads(path.read_text())
+            model = next((model.resolve() for model in options.models if model.name == run["model"]), None)
+            if model is None:
+                parser.error(f"{path}: its model, {run['model']}, was not given")
+            run["predicted"] = ask(model, run["profile"], run["memory"], run["repeat"])[2]
+            path.write_text(json.dumps(run, separators=(",", ":")) + "\n")
     text = report(folder)
     (folder / "table.md").write_text(text)
     print(text)

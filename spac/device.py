@@ -45,6 +45,7 @@ BATCHES: Final = (1, 4, 16, 64)
 SCRATCH_BYTES: Final = 256 * MIB
 PROBE_SCRATCH_BYTES: Final = 64 * MIB
 CELL_S: Final = 0.1  # for one size and depth
+NOW_S: Final = 0.3  # for reads before a plan
 SLOW: Final = 30  # times as long as was meant: no more batches
 ROUNDS: Final = 3  # in which reads are measured, products between them: disks are not equally fast from second to second
 PRODUCT_SHAPE: Final = (2048, 768)  # columns and rows of an expert's matrix, as in models of 30 billion parameters
@@ -221,6 +222,32 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
         wakeup_s=control.wakeup_measure(20), memory_bytes_per_s=control.bandwidth_measure(64 * MIB, n_threads), quick=True,
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
+
+
+def with_reads_now(found: Device, file: Path, read_bytes: int) -> Device:
+    """The same device, its reads as fast as they are now: disks are not equally fast from hour to hour.
+
+    Reads of about so many bytes are measured for a moment, and all reads of that store are taken to have changed by as much. Their
+    interval holds what was measured before, too.
+
+    Raises:
+        ModelFileError: the file cannot be read.
+    """
+    from spac.trace.timing import READS_IN_FLIGHT
+
+    mine = [row for row in found.reads if row.store == found.store]
+    row = min(mine, key=lambda row: (abs(math.log(row.size_bytes / read_bytes)), abs(math.log(row.depth / READS_IN_FLIGHT))))
+    reads = ReadTimes(file, row.store, [row.size_bytes], [row.depth])
+    for cell in reads.cells:
+        reads.add(*cell, NOW_S)
+    now = reads.rows()
+    factor = now[0].seconds / row.seconds if now else 1.0
+
+    def changed(row: ReadRow) -> ReadRow:
+        fast, slow = min(row.fast_s, row.fast_s * factor), max(row.slow_s, row.slow_s * factor)
+        return dataclasses.replace(row, seconds=row.seconds * factor, fast_s=fast, slow_s=slow) if row.store == found.store else row
+
+    return dataclasses.replace(found, reads=tuple(changed(row) for row in found.reads))
 
 
 class ReadTimes:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spac import device
+from spac import control, device
 from spac.errors import SpacError
 from tests.devices import RATE, make_device
 
@@ -128,6 +129,21 @@ def test_a_probe_reads_from_a_model(model_path: Path) -> None:
     assert {row.type for row in found.products} == {"Q4_0", "Q8_0"}
     assert {row.size_bytes for row in found.reads} == {98304}
     assert model_path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("slower", [0.5, 2.0])
+def test_reads_now(model_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
+    other = device.ReadRow("buffered", 1 << 20, 6, 0.1, 0.05, 0.2)
+    kept = make_device(reads=(*make_device().reads, other))
+    monkeypatch.setattr(
+        control, "reads_measure", lambda _, at, sizes, *, depth, store: time.sleep(0.01) or slower * len(at) * sizes[0] / RATE
+    )
+    found = device.with_reads_now(kept, model_path, 1_000_000)
+    assert found.reads[-1] == other
+    for now, then in zip(found.reads[:-1], kept.reads[:-1], strict=True):
+        assert now.seconds == pytest.approx(slower * then.seconds)
+        assert (now.fast_s, now.slow_s) == pytest.approx((min(slower, 1) * then.fast_s, max(slower, 1) * then.slow_s))
+    assert dataclasses.replace(found, reads=kept.reads) == kept
 
 
 @pytest.mark.usefixtures("small")

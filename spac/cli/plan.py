@@ -115,7 +115,7 @@ def limits_of(profile: str | None, facts: ModelFacts) -> Limits:
 
 
 def find_device(model: str | None, work: Work) -> Device:
-    """What was measured for the disk of a local model, or of the working directory; else a quick probe.
+    """What was measured for the disk of a local model, its reads as they are now, or of the working directory; else a quick probe.
 
     Raises:
         SpacError: neither could be done.
@@ -123,6 +123,7 @@ def find_device(model: str | None, work: Work) -> Device:
     from spac import cache, device
     from spac.host.cores import physical_cores
     from spac.plan.forecast import CANDIDATES, block_of
+    from spac.trace.timing import PARTS
 
     place = Path.cwd() if model is None else Path(model)
     if place.is_file() and place.stat().st_size < device.SIZES[-1]:
@@ -133,11 +134,13 @@ def find_device(model: str | None, work: Work) -> Device:
     except device.UnusableProfile as e:
         note(f"spac: {e}; measured again in short, `spac tune` does it in full")
         found = None
+    read_bytes = max((layer.bundle_bytes // PARTS for layer in work.layers), default=MIB)
     if found is not None:
-        return found
+        if not place.is_file():
+            return found
+        return dataclasses.replace(device.with_reads_now(found, place, read_bytes), measured=f"{found.measured}, reads now")
     candidates = [name for name in CANDIDATES if work.columns and work.columns % block_of(name) == 0]
     types = [*sorted(work.types), *candidates]
-    read_bytes = max((layer.bundle_bytes // 3 for layer in work.layers), default=MIB)
     probe = functools.partial(device.probe, types=types, read_bytes=read_bytes, n_threads=physical_cores())
     try:
         return probe(place)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spac.host.limits import Limits
 
 OPS_PER_LAYER: Final = 45  # of a graph that compute next to nothing, beside the products: norms, rope, views, the router's top k
+PIECE_BYTES: Final = 1 * MIB  # that a reading thread reads and then rearranges
 TOKEN_S: Final = 0.5e-3  # sampling and Python, for each token
 COMPUTE_SPREAD: Final = 1.15  # either way: other programs, clocks, shapes of matrices
 READ_SPREAD: Final = 1.1  # a token's reads against the disk's mean
@@ -165,12 +166,16 @@ class Machine:
     def _fewer_cores(self) -> float:
         return max(1.0, self.device.threads / self.limits.cores) if self.limits.cores else 1.0
 
-    def slice_s(self, layer: LayerWork) -> float:
-        """What a slice costs once it has been read."""
+    def repack_s(self, layer: LayerWork) -> float:
+        """Rearranging a slice, while the other reading threads rearrange theirs."""
         rates = self.device.repack
         cores = min(self.limits.cores or self.device.cores, READS_IN_FLIGHT)
         repacking = sum(n / rates[name] for name, n in layer.weights if name in rates) / PARTS
-        return self.device.wakeup_s + repacking * READS_IN_FLIGHT / cores / (self.limits.cpu_share or 1.0)
+        return repacking * READS_IN_FLIGHT / cores / (self.limits.cpu_share or 1.0)
+
+    def slice_s(self, layer: LayerWork) -> float:
+        """What a slice costs once it has been read: its last piece is rearranged; the pieces before it were, while others were read."""
+        return self.device.wakeup_s + self.repack_s(layer) / math.ceil(layer.read_bytes / PARTS / PIECE_BYTES)
 
     def reads(self, which: str = "seconds") -> Reads:
         """Bandwidth of the disk, behind the limit if there is one."""
@@ -272,7 +277,7 @@ def prefill_s(work: Work, plan: Plan, machine: Machine, n_ubatch: int, prompt_to
             if plan.paged:
                 size = layer.read_bytes / PARTS
                 rate = min(reads.bytes_per_s(size, READS_IN_FLIGHT), reads.limit_bytes_per_s or math.inf)
-                rate = 1 / (1 / rate + machine.slice_s(layer) / READS_IN_FLIGHT / size)
+                rate = 1 / (1 / rate + (machine.device.wakeup_s + machine.repack_s(layer)) / READS_IN_FLIGHT / size)
                 read_s += count * used * (1.0 if first else 1 - share) * layer.read_bytes / rate
         seconds += max(compute_s / (machine.limits.cpu_share or 1.0), read_s)
         left, first = left - n, False

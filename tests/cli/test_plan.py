@@ -131,6 +131,7 @@ def test_a_kept_profile_is_used_and_an_unusable_one_named(cli: Cli, model_path: 
     monkeypatch.setattr(device, "probe", lambda *_, **__: pytest.fail("measured again"))
     result = cli("plan", model_path, "--memory", "8G")
     assert "made up" in result.out
+    assert "measured 2026-01-01 00:00:00, reads now" in result.out
     assert result.err == ""
     monkeypatch.setattr(device, "probe", lambda *_, **__: make_device(cpu="probed", quick=True))
     kept.write_text("{")
