@@ -136,7 +136,7 @@ def find_device(model: str | None, work: Work) -> Device:
         found = None
     read_bytes = max((layer.bundle_bytes // PARTS for layer in work.layers), default=MIB)
     if found is not None:
-        if not place.is_file():
+        if not place.is_file() or place.stat().st_blocks * 512 < place.stat().st_size:  # a folder, or a header with a hole behind it
             return found
         return dataclasses.replace(device.with_reads_now(found, place, read_bytes), measured=f"{found.measured}, reads now")
     candidates = [name for name in CANDIDATES if work.columns and work.columns % block_of(name) == 0]

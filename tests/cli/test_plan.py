@@ -124,7 +124,9 @@ def test_what_cannot_be_planned(cli: Cli, model_path: Path, tmp_path: Path) -> N
         assert "does not answer range requests" in cli("plan", f"{server.url}/{model_path.name}").line
 
 
-def test_a_kept_profile_is_used_and_an_unusable_one_named(cli: Cli, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_profile_is_used_and_an_unusable_one_named(
+    cli: Cli, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = device.path_of(model_path)
     mine = make_device(build=device.identity(model_path)["build"])
     device.save(mine, kept)
@@ -133,6 +135,11 @@ def test_a_kept_profile_is_used_and_an_unusable_one_named(cli: Cli, model_path: 
     assert "made up" in result.out
     assert "measured 2026-01-01 00:00:00, reads now" in result.out
     assert result.err == ""
+    hollow = tmp_path / "header.gguf"
+    hollow.write_bytes(model_path.read_bytes()[: 4 << 20])
+    os.truncate(hollow, model_path.stat().st_size)
+    device.save(mine, device.path_of(hollow))
+    assert "reads now" not in cli("plan", hollow, "--memory", "8G").out
     monkeypatch.setattr(device, "probe", lambda *_, **__: make_device(cpu="probed", quick=True))
     kept.write_text("{")
     result = cli("plan", model_path, "--memory", "8G")
