@@ -565,10 +565,7 @@ def measured(work: Work) -> device.Device:
                 for row in rows:
                     products[name, row.n_tokens] = max(row.weights_per_s, products.get((name, row.n_tokens), 0.0))
                 repack |= {k: max(v, repack.get(k, 0.0)) for k, v in rates.items()}
-            batches = device.ReadTimes(file, "direct", [size], (1, 2, 4, 6))
-            for cell in batches.cells:
-                batches.add(*cell, 0.02)
-            for row in batches.rows():
+            for row in device.read_rows(file, "direct", [size], (1, 2, 4, 6), 0.02):
                 reads[row.depth] = min(row, reads.get(row.depth, row), key=lambda r: r.seconds)
             op_s.append(device.measure_op(2))
             wakeup_s.append(control.wakeup_measure(20))

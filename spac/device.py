@@ -205,10 +205,8 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
     size = min(max(read_bytes // (4 * KIB) * 4 * KIB, SIZES[0]), SIZES[-1])
     with readable(path, PROBE_SCRATCH_BYTES) as file:
         for store in STORES:
-            reads = ReadTimes(file, store, [size], (1, 3, 6))
             try:
-                for cell in reads.cells:
-                    reads.add(*cell, CELL_S / 2)
+                reads = read_rows(file, store, [size], (1, 3, 6), CELL_S / 2)
                 break
             except ModelFileError:
                 if store == STORES[-1]:
@@ -218,7 +216,7 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
     for name in dict.fromkeys(types):
         measure_type(name, (1, 32), n_threads, products, repack, CELL_S / 4)
     return Device(
-        **identity(path), threads=n_threads, reads=tuple(reads.rows()), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
+        **identity(path), threads=n_threads, reads=tuple(reads), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
         wakeup_s=control.wakeup_measure(20), memory_bytes_per_s=control.bandwidth_measure(64 * MIB, n_threads), quick=True,
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
@@ -237,10 +235,7 @@ def with_reads_now(found: Device, file: Path, read_bytes: int) -> Device:
 
     mine = [row for row in found.reads if row.store == found.store]
     row = min(mine, key=lambda row: (abs(math.log(row.size_bytes / read_bytes)), abs(math.log(row.depth / READS_IN_FLIGHT))))
-    reads = ReadTimes(file, row.store, [row.size_bytes], [row.depth])
-    for cell in reads.cells:
-        reads.add(*cell, NOW_S)
-    now = reads.rows()
+    now = read_rows(file, row.store, [row.size_bytes], [row.depth], NOW_S)
     factor = now[0].seconds / row.seconds if now else 1.0
 
     def changed(row: ReadRow) -> ReadRow:
@@ -248,6 +243,18 @@ def with_reads_now(found: Device, file: Path, read_bytes: int) -> Device:
         return dataclasses.replace(row, seconds=row.seconds * factor, fast_s=fast, slow_s=slow) if row.store == found.store else row
 
     return dataclasses.replace(found, reads=tuple(changed(row) for row in found.reads))
+
+
+def read_rows(file: Path, store: str, sizes: Sequence[int], depths: Sequence[int], cell_s: float) -> list[ReadRow]:
+    """Measure all of these in one go, for about so long each.
+
+    Raises:
+        ModelFileError: the file cannot be read, or not with this store.
+    """
+    reads = ReadTimes(file, store, sizes, depths)
+    for size, depth in reads.cells:
+        reads.add(size, depth, cell_s)
+    return reads.rows()
 
 
 class ReadTimes:
