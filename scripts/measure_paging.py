@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import mmap
 import os
 import random
@@ -44,7 +45,7 @@ from spac.gguf.check import EXPERT_PATTERN
 from spac.host import limits as cgroups
 from spac.trace.format import Trace
 from spac.trace.simulation import replay
-from spac.trace.timing import READS_IN_FLIGHT, Compute, Reads, limited, predict
+from spac.trace.timing import PIECE_BYTES, READS_IN_FLIGHT, Compute, Reads, limited, predict
 
 ROOM_BYTES: Final = 112 << 20  # Python, and memory for six reads
 BLOCK: Final = 4096
@@ -73,12 +74,13 @@ class BareReader:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def seconds(self, slices: list[tuple[int, int]], depth: int, pages: str) -> float:
-        """What reading these (offset, length) takes; pages: a name of `PAGES`."""
+        """What reading these (offset, length) takes, in pieces as the pager does; pages: a name of `PAGES`."""
         if not slices:
             return 0.0
+        pieces = [piece for offset, length in slices for piece in pieces_of(offset, length)]
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
-        stdin.write(json.dumps([depth, pages, slices]) + "\n")
+        stdin.write(json.dumps([depth, pages, pieces]) + "\n")
         stdin.flush()
         return float(stdout.readline())
 
@@ -87,6 +89,11 @@ class BareReader:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+
+def pieces_of(offset: int, length: int) -> list[tuple[int, int]]:
+    size = math.ceil(length / math.ceil(length / PIECE_BYTES))
+    return [(offset + done, min(size, length - done)) for done in range(0, length, size)]
 
 
 def serve_reads(model: str) -> None:

@@ -16,9 +16,8 @@ static constexpr double near_head = 8;
 static constexpr int prefetch_deadline = 3;
 
 // A prefetch begins only while no demand is being read, and only so many at a time: what a demand that comes in between has to
-// share the device with. It is read in pieces, so that it can be abandoned.
-static constexpr int    max_reading_ahead = 2;
-static constexpr size_t piece_bytes       = (1 << 20) - (1 << 16);  // with its first and last block one read of a store
+// share the device with.
+static constexpr int max_reading_ahead = 2;
 
 //
 // the queue
@@ -83,7 +82,10 @@ bool Pager::take_job(Job & job) {
             slice.op    = nullptr;
             slice.state = State::reading;
             slice.abandoned = false;
-            slice.retry = false;
+            slice.retry    = false;
+            slice.os_error = 0;
+            slice.n_begun  = 0;
+            slice.n_left   = ahead ? 1 : job.tensor->n_pieces();
             ++(ahead ? n_reading_ahead_ : n_reading_);
             count_present(job.tensor->group->bundles[job.expert], 1);
             used_ += bytes;
@@ -91,70 +93,101 @@ bool Pager::take_job(Job & job) {
             if (used_ > peak_) {
                 peak_ = used_.load();
             }
-            notify_work();  // the next one for another thread
             return true;
         }
     }
     return false;
 }
 
-void Pager::read_and_finish(const Job & job, Lock & lock) {
+// Several threads read the pieces of one slice, so that the first one wanted is here first, and the last one does not come
+// through one thread alone. A guess is read by one thread, which can abandon it.
+bool Pager::take_piece(Job & job, int & piece) {
+    if (open_) {
+        job = *open_;
+    } else if (!take_job(job)) {
+        return false;
+    }
+    Slice & slice = job.tensor->slices[job.expert];
+    piece = slice.n_begun++;
+    open_.reset();
+    if (job.deadline < prefetch_deadline && slice.n_begun < job.tensor->n_pieces()) {
+        open_ = job;
+    }
+    notify_work();  // the next one for another thread
+    return true;
+}
+
+void Pager::read_piece(const Job & job, int piece, Lock & lock) {
     PagedTensor & tensor = *job.tensor;
     Model &       model  = *tensor.model;
     Slice &       slice  = tensor.slices[job.expert];
     lock.unlock();
     const auto begin = std::chrono::steady_clock::now();
-    const bool       ahead  = job.deadline >= prefetch_deadline;
-    const ReadResult result = ahead ? read_ahead(tensor, job.expert) :
-                                      model.store->read(*tensor.file, tensor.slice_data(job.expert), tensor.slice_bytes,
-                                                        tensor.slice_offset(job.expert), tensor.repacker.get());
+    const ReadResult result = job.deadline >= prefetch_deadline ? read_ahead(tensor, job.expert) : read(tensor, job.expert, piece);
     const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
     lock.lock();
     model.read_ns.fetch_add((uint64_t) ns, std::memory_order_relaxed);
-    model.reads.fetch_add(1, std::memory_order_relaxed);
     model.bytes_read.fetch_add(result.bytes, std::memory_order_relaxed);
+    if (job.deadline >= prefetch_deadline) {
+        model.ahead_bytes.fetch_add(result.bytes, std::memory_order_relaxed);
+        model.wasted_bytes.fetch_add(result.os_error == ECANCELED ? result.bytes : 0, std::memory_order_relaxed);
+    }
+    if (result.os_error != 0) {
+        slice.os_error = result.os_error;
+        if (open_ && open_->tensor == &tensor && open_->expert == job.expert) {  // the rest is not worth reading
+            slice.n_left -= tensor.n_pieces() - slice.n_begun;
+            open_.reset();
+        }
+    }
+    if (--slice.n_left == 0) {
+        finish_read(job);
+    }
+}
+
+// All of the slice's pieces are here, or what was begun of them after one failed.
+void Pager::finish_read(const Job & job) {
+    PagedTensor & tensor = *job.tensor;
+    Model &       model  = *tensor.model;
+    Slice &       slice  = tensor.slices[job.expert];
+    const bool    ahead  = job.deadline >= prefetch_deadline;
+    model.reads.fetch_add(1, std::memory_order_relaxed);
     model.rereads.fetch_add(slice.was_read ? 1 : 0, std::memory_order_relaxed);
     slice.was_read = true;
     --(ahead ? n_reading_ahead_ : n_reading_);
     if (ahead) {
         model.ahead_reads.fetch_add(1, std::memory_order_relaxed);
-        model.ahead_bytes.fetch_add(result.bytes, std::memory_order_relaxed);
         slice.ahead = slice.guess && slice.upcoming == 0;
     }
-    if (result.os_error == ECANCELED) {
-        model.wasted_bytes.fetch_add(result.bytes, std::memory_order_relaxed);
+    if (slice.os_error == 0) {
+        slice.state.store(State::resident, std::memory_order_seq_cst);
+    } else if (slice.os_error == ECANCELED) {
         slice.state = State::absent;
         release(tensor, job.expert);
-    } else if (result.os_error == 0) {
-        slice.state.store(State::resident, std::memory_order_seq_cst);
     } else {
         model.read_errors.fetch_add(1, std::memory_order_relaxed);
-        slice.os_error = result.os_error;
-        slice.state    = slice.retry ? State::absent : State::failed;
+        slice.state = slice.retry ? State::absent : State::failed;
         release(tensor, job.expert);
     }
     arrived_.notify_all();
 }
 
-// In pieces; ECANCELED if it was abandoned meanwhile.
+ReadResult Pager::read(PagedTensor & tensor, int expert, int piece) {
+    const size_t begin = tensor.piece_begin(piece);
+    return tensor.model->store->read(*tensor.file, tensor.slice_data(expert) + begin, tensor.piece_length(piece),
+                                     tensor.slice_offset(expert) + begin, tensor.repacker.get());
+}
+
+// ECANCELED if it was abandoned meanwhile.
 ReadResult Pager::read_ahead(PagedTensor & tensor, int expert) {
-    uint8_t * const data = tensor.slice_data(expert);
-    const size_t    unit = tensor.repacker ? tensor.repacker->unit_bytes() : page_size();
-    const size_t    most = std::max(unit, piece_bytes / unit * unit);
-    ReadResult      all;
-    for (size_t done = 0; done < tensor.slice_bytes;) {
+    ReadResult all;
+    for (int i = 0; i < tensor.n_pieces() && all.os_error == 0; ++i) {
         if (tensor.slices[expert].abandoned) {
             all.os_error = ECANCELED;
             break;
         }
-        const size_t     size  = std::min(tensor.slice_bytes - done, most);
-        const ReadResult piece = tensor.model->store->read(*tensor.file, data + done, size, tensor.slice_offset(expert) + done, tensor.repacker.get());
+        const ReadResult piece = read(tensor, expert, i);
         all.bytes += piece.bytes;
-        if (piece.os_error != 0) {
-            all.os_error = piece.os_error;
-            break;
-        }
-        done += size;
+        all.os_error = piece.os_error;
     }
     return all;
 }
@@ -184,8 +217,9 @@ void Pager::work() {
     Lock lock(mutex_);
     while (!stopping_) {
         Job job;
-        if (take_job(job)) {
-            read_and_finish(job, lock);
+        int piece;
+        if (take_piece(job, piece)) {
+            read_piece(job, piece, lock);
         } else {
             ++n_idle_threads_;
             work_.wait(lock);
@@ -197,15 +231,17 @@ void Pager::work() {
 bool Pager::run_one_read() {
     Lock lock(mutex_);
     Job job;
-    if (!take_job(job)) {
-        return false;
+    int piece;
+    bool any = false;
+    while ((!any || open_) && take_piece(job, piece)) {
+        read_piece(job, piece, lock);
+        any = true;
     }
-    read_and_finish(job, lock);
-    return true;
+    return any;
 }
 
 void Pager::notify_work() {
-    if (!queue_.empty() && n_idle_threads_ > 0) {
+    if ((open_ || !queue_.empty()) && n_idle_threads_ > 0) {
         work_.notify_one();
     }
 }

@@ -24,6 +24,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -145,7 +146,7 @@ class Pager {
     int  evict_all(Model & model);
     void wake();  // after a context was stopped
 
-    // Runs the first read of the queue that has room; false if there is none. For pagers without threads of their own.
+    // Reads the first slice of the queue that has room; false if there is none. For pagers without threads of their own.
     bool run_one_read();
 
   private:
@@ -197,10 +198,13 @@ class Pager {
     void enqueue(PagedTensor & tensor, int expert, int deadline, double rank, Op * op, bool guess = false);
     void dequeue(PagedTensor & tensor, int expert);
     bool take_job(Job & job);
+    bool take_piece(Job & job, int & piece);
+    ReadResult read(PagedTensor & tensor, int expert, int piece);
     ReadResult read_ahead(PagedTensor & tensor, int expert);
     void drop_guesses(Group & group, const std::vector<int32_t> & needed);
     Claim claim(const Job & job) const;
-    void read_and_finish(const Job & job, Lock & lock);
+    void read_piece(const Job & job, int piece, Lock & lock);
+    void finish_read(const Job & job);
     void work();
     void notify_work();
 
@@ -228,6 +232,7 @@ class Pager {
     std::atomic<uint64_t>   granted_, budget_, used_{ 0 }, peak_{ 0 };
     uint64_t                cap_ = UINT64_MAX;
     std::set<Job>           queue_;
+    std::optional<Job>      open_;     // being read, and nobody has begun its last pieces
     std::vector<std::shared_ptr<Model>>      models_;
     std::unordered_set<spac_context *>       contexts_;
     std::vector<Op *>                        ops_;       // active

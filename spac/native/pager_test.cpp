@@ -683,6 +683,48 @@ TEST_CASE("a failed read makes all threads skip, is reported once, and the next 
     }
 }
 
+TEST_CASE("several threads read a slice's pieces; after one that failed no more are begun, and the slice's room is free again") {
+    const size_t slice_bytes = ((size_t) 9 << 19) + 96;  // five pieces
+    TestModel m(Shape{ 1, 1, 4, slice_bytes });
+    Pager     pager(plenty);
+    pager.add_model(m.model, 3);
+    const PagedTensor & tensor = m.tensor(0, 0);
+    REQUIRE(tensor.n_pieces() == 5);
+    CHECK(tensor.piece_begin(4) + tensor.piece_length(4) == slice_bytes);
+
+    std::mutex                mutex;
+    std::set<std::thread::id> readers;
+    std::atomic<int>          n_inside{ 0 };
+    m.store->on_read = [&] {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            readers.insert(std::this_thread::get_id());
+        }
+        ++n_inside;
+        for (int i = 0; i < 1000 && n_inside < 2; ++i) {  // until another is there, too
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    };
+    Walk walk = begin(pager, m.tensor(0, 0), nullptr, { { 2 } });
+    CHECK(pager.begin_expert(*walk.op, 2));
+    CHECK(m.intact(tensor, 2));
+    pager.end_expert(*walk.op, 2);
+    CHECK(readers.size() >= 2);
+    CHECK(m.model->reads == 1);
+    CHECK(m.store->offsets().size() == 5);
+
+    TestModel bad(Shape{ 1, 1, 4, slice_bytes });
+    Pager     by_hand(plenty);
+    by_hand.add_model(bad.model, 0);
+    bad.store->bad_offset = tensor.slice_offset(2) + tensor.piece_begin(1);
+    begin(by_hand, bad.tensor(0, 0), nullptr, { { 2 } });
+    CHECK(read_all(by_hand) == 1);
+    CHECK(bad.state(0, 0, 2) == State::failed);
+    CHECK(bad.store->offsets().size() == 2);
+    CHECK(by_hand.used_bytes() == 0);
+    check_accounts(by_hand, { &bad });
+}
+
 TEST_CASE("a failed prefetch gives its room back and stops nobody, and is tried again when the expert is needed") {
     TestModel m(Shape{ 2, 2, 8, page_size() + 96, 4128 });
     Pager     pager(plenty);

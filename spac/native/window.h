@@ -8,6 +8,7 @@
 #include "repack.h"
 #include "store.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -33,6 +34,8 @@ struct Slice {
     std::atomic<bool> abandoned{ false };  // the guess was wrong: whoever reads it may stop
     bool     retry    = false;          // being read since before the layer that needs it began: a failure is not that layer's
     int32_t  os_error = 0;              // why state is failed
+    int32_t  n_begun  = 0;              // of its pieces, while state is reading: somebody reads or has read them
+    int32_t  n_left   = 0;              // of its pieces: not there yet
     // the place in the queue while state is queued
     int32_t  deadline = 0;
     double   rank     = 0;
@@ -47,6 +50,7 @@ struct PagedTensor {
     int         rank        = 0;        // order of use within a layer: gate and up 0, down 1
     int         n_experts   = 0;
     size_t      slice_bytes = 0;
+    size_t      piece_bytes = 0;        // a slice is read in pieces of this size, the last one may be smaller
     uint8_t *   data        = nullptr;  // of expert 0
     ModelFile * file        = nullptr;
     uint64_t    offset      = 0;        // of expert 0 in the file
@@ -55,6 +59,10 @@ struct PagedTensor {
 
     uint8_t * slice_data(int expert) const { return data + (size_t) expert * slice_bytes; }
     uint64_t  slice_offset(int expert) const { return offset + (uint64_t) expert * slice_bytes; }
+
+    int    n_pieces() const { return (int) ((slice_bytes + piece_bytes - 1) / piece_bytes); }
+    size_t piece_begin(int piece) const { return (size_t) piece * piece_bytes; }
+    size_t piece_length(int piece) const { return std::min(piece_bytes, slice_bytes - piece_begin(piece)); }
 
     bool present(int expert) const {
         const State s = slices[expert].state.load(std::memory_order_relaxed);

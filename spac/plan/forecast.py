@@ -19,13 +19,12 @@ from spac.gguf.reader import Tensor
 from spac.host.memory import GIB, MIB
 from spac.plan.fit import MIN_UBATCH, Plan, Sizes, fit, least_limit_bytes, whole_limit_bytes
 from spac.plan.miss_curve import Misses, misses
-from spac.trace.timing import PARTS, READS_IN_FLIGHT, Compute, Reads, layer_s
+from spac.trace.timing import PARTS, PIECE_BYTES, READS_IN_FLIGHT, Compute, Reads, layer_s
 
 if TYPE_CHECKING:
     from spac.host.limits import Limits
 
 OPS_PER_LAYER: Final = 45  # of a graph that compute next to nothing, beside the products: norms, rope, views, the router's top k
-PIECE_BYTES: Final = 1 * MIB  # that a reading thread reads and then rearranges
 TOKEN_S: Final = 0.5e-3  # sampling and Python, for each token
 COMPUTE_SPREAD: Final = 1.15  # either way: other programs, clocks, shapes of matrices
 READ_SPREAD: Final = 1.1  # a token's reads against the disk's mean

@@ -6,6 +6,7 @@ experts in memory, or from a run like that. Nothing is fitted.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from spac.trace.simulation import Replay
 
 READS_IN_FLIGHT: Final = 6  # control.IO_THREADS
 PARTS: Final = 3  # slices that a bundle is read in: gate, up, down
+PIECE_BYTES: Final = 960 << 10  # at most, of what one thread reads of a slice at a time: spac/native/pager.cpp
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def decode_ubatches(trace: Trace) -> Array:
 def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip_tokens: int = 0) -> Prediction:
     """Time of a replay's decoded tokens, the first `skip_tokens` left out.
 
-    A layer's missing slices are read in the order of its products, READS_IN_FLIGHT at a time; those in flight share the disk
-    and are there together. A product computes what is there first, then each slice when it has come, and the next one waits
+    A layer's missing slices are read in the order of its products, in pieces, READS_IN_FLIGHT at a time; those in flight share
+    the disk and are there together. A product computes what is there first, then each slice when it has come, and the next one waits
     for it. A limit counts by token.
 
     Raises:
@@ -144,10 +146,14 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
 def layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads: Reads) -> float:
     """Seconds of one layer's experts, of which some must be read."""
     slice_bytes, product_s = bundle_bytes / PARTS, compute.expert_token_s / PARTS
-    there: list[float] = []  # of the missing slices, when they have come
-    while len(there) < missed * PARTS:
-        n = min(READS_IN_FLIGHT, missed * PARTS - len(there))
-        there += [(there[-1] if there else 0.0) + n * slice_bytes / reads.bytes_per_s(slice_bytes, n) + compute.slice_s] * n
+    n_pieces = math.ceil(slice_bytes / PIECE_BYTES)
+    piece_bytes = slice_bytes / n_pieces
+    rounds = [READS_IN_FLIGHT] * (missed * PARTS * n_pieces // READS_IN_FLIGHT)
+    if rest := missed * PARTS * n_pieces % READS_IN_FLIGHT:
+        rounds.append(rest)
+    took = {n: n * piece_bytes / reads.bytes_per_s(piece_bytes, n) for n in set(rounds)}
+    came = np.repeat(np.cumsum([took[n] for n in rounds]), rounds)  # each piece
+    there = (came[n_pieces - 1 :: n_pieces] + compute.slice_s).tolist()  # each slice
     now = 0.0
     for part in range(PARTS):
         now += (used - missed) * product_s
