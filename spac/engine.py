@@ -176,7 +176,7 @@ class Foresight:
         Args:
             position: of the first one in its sequence.
         """
-        begin = self._begun_s = time.perf_counter()
+        self._begun_s = time.perf_counter()
         self._learn(position, tokens)
         proposed, self._coming = self._coming, []
         self._now, self._drafted, self._after = None, self._after, None
@@ -189,6 +189,7 @@ class Foresight:
         read_from = self._read_from if choice is not None and choice.depth else NEVER
         if self.estimator.tokens_learned == 0 or (not drafts and ("tokens" not in self.signals or read_from >= NEVER)):
             return
+        begin = time.perf_counter()
         p = self.estimator.of_candidates([*known, *drafts])
         masses = np.array([sum(chance for _, chance in candidates) for candidates in drafts], np.float32)
         coming = p[len(tokens) :] * masses[:, None, None]

@@ -125,10 +125,11 @@ class Measured:
             self.recall.add(used / max(1, decode.read_bytes - decode.wasted_bytes))
 
     def drafted(self, chances: Sequence[float], known: Sequence[float], seconds: float) -> None:
-        """A proposal of len(chances) tokens."""
+        """A proposal of len(chances) tokens. The first one's time is not like the others': memory is touched for the first time."""
         if not chances:
             return
-        self.draft_s.add(seconds / len(chances))
+        if self.accepted[0].value is not None:
+            self.draft_s.add(seconds / len(chances))
         for means, values in ((self.accepted, chances), (self.known, known)):
             for mean, value in zip(means, values, strict=False):
                 mean.add(value)

@@ -61,6 +61,9 @@ class Draft(LlamaDraftModel, abc.ABC):
     num_pred_tokens = 10
     held_bytes = 0
 
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Take in what a sequence says so far. `propose` does so, too, but then it counts as the time of a proposal."""
+
     @abc.abstractmethod
     def propose(self, tokens: Sequence[int], n: int) -> Proposal:
         """At most n tokens to follow.
@@ -105,6 +108,11 @@ class ModelDraft(Draft):
         if plan is not None:
             self.held_bytes = plan.sizes.dense_bytes + plan.sizes.context_bytes + plan.sizes.compute_bytes
 
+    def follow(self, tokens: Sequence[int]) -> None:
+        """As `propose`, with the same errors."""
+        if len(tokens) <= self.llama.n_ctx():
+            self._go_to(list(tokens), common_prefix(self._sequence, list(tokens)))
+
     def propose(self, tokens: Sequence[int], n: int) -> Proposal:
         """As `Draft.propose`; fewer at the end of its context.
 
@@ -116,10 +124,7 @@ class ModelDraft(Draft):
         proposal = Proposal([], [])
         if n < 1 or not tokens:
             return proposal
-        keep = min(common_prefix(self._sequence, tokens), len(tokens) - 1)
-        self._sequence[keep:] = []
-        self.llama.n_tokens = keep  # eval() removes what comes after
-        self._evaluate(tokens[keep:])
+        self._go_to(tokens, min(common_prefix(self._sequence, tokens), len(tokens) - 1))
         while True:
             (token, chance), *others = self._likeliest()
             if upstream.llama_vocab_is_eog(self.llama._model.vocab, token):
@@ -130,6 +135,13 @@ class ModelDraft(Draft):
             if len(proposal.tokens) == n:
                 return proposal
             self._evaluate([token])
+
+    def _go_to(self, tokens: list[int], keep: int) -> None:
+        """Evaluate these tokens, but for the first `keep`, which the context has."""
+        if keep < len(tokens):
+            self._sequence[keep:] = []
+            self.llama.n_tokens = keep  # eval() removes what comes after
+            self._evaluate(tokens[keep:])
 
     def _evaluate(self, tokens: Sequence[int]) -> None:
         self.llama.eval(tokens)
