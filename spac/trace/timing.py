@@ -115,8 +115,8 @@ def decode_ubatches(trace: Trace) -> Array:
 def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip_tokens: int = 0) -> Prediction:
     """Time of a replay's decoded tokens, the first `skip_tokens` left out.
 
-    A layer's missing slices are read in the order of its products, in pieces, READS_IN_FLIGHT at a time; those in flight share
-    the disk and are there together. A product computes what is there first, then each slice when it has come, and the next one waits
+    A layer's missing slices are read in the order of its products, in pieces, READS_IN_FLIGHT at a time: as fast as so many reads
+    at once that are as long together, one slice after another. A product computes what is there first, then each slice when it has come, and the next one waits
     for it. A limit counts by token.
 
     Raises:
@@ -146,14 +146,12 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
 def layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads: Reads) -> float:
     """Seconds of one layer's experts, of which some must be read."""
     slice_bytes, product_s = bundle_bytes / PARTS, compute.expert_token_s / PARTS
-    n_pieces = math.ceil(slice_bytes / PIECE_BYTES)
-    piece_bytes = slice_bytes / n_pieces
-    rounds = [READS_IN_FLIGHT] * (missed * PARTS * n_pieces // READS_IN_FLIGHT)
-    if rest := missed * PARTS * n_pieces % READS_IN_FLIGHT:
-        rounds.append(rest)
-    took = {n: n * piece_bytes / reads.bytes_per_s(piece_bytes, n) for n in set(rounds)}
-    came = np.repeat(np.cumsum([took[n] for n in rounds]), rounds)  # each piece
-    there = (came[n_pieces - 1 :: n_pieces] + compute.slice_s).tolist()  # each slice
+    n_slices = missed * PARTS
+    there: list[float] = []  # of the missing slices, when they have come
+    if n_slices:
+        n = min(READS_IN_FLIGHT, n_slices * math.ceil(slice_bytes / PIECE_BYTES))
+        slice_read_s = slice_bytes / reads.bytes_per_s(n_slices * slice_bytes / n, n)
+        there = [(i + 1) * slice_read_s + compute.slice_s for i in range(n_slices)]
     now = 0.0
     for part in range(PARTS):
         now += (used - missed) * product_s

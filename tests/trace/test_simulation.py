@@ -116,11 +116,11 @@ def test_without_misses_a_token_takes_its_compute(make_trace: MakeTrace) -> None
 
 
 def test_misses_cost_their_reads_and_the_products_that_wait_for_them(make_trace: MakeTrace) -> None:
-    """Two misses of 3 MB at 100 MB/s are six slices in twelve pieces, six at a time: 60 ms, half of the products meanwhile."""
+    """Two misses of 3 MB at 100 MB/s are six slices, one after another: 60 ms, and the product that waits for the last one."""
     trace = make_trace(tokens=1)
     result = run(trace, 64)  # all four layers miss both
     prediction = predict(trace, result, Compute(0.010, 0.001), FLAT)
-    assert 1 / prediction.tokens_per_s == pytest.approx(0.002 + 4 * (0.060 + 0.001))
+    assert 1 / prediction.tokens_per_s == pytest.approx(0.002 + 4 * (0.060 + 0.001 / 3))
     assert 1 / prediction.bound_tokens_per_s == pytest.approx(0.240)
     assert prediction.tokens_per_s < prediction.bound_tokens_per_s
 
@@ -135,18 +135,18 @@ def test_a_limit_bounds_bytes_by_time(make_trace: MakeTrace) -> None:
     assert predict(trace, result, compute, limited(FLAT, 200e6)) == predict(trace, result, compute, FLAT)
 
 
-def test_reads_behind_the_first_six_come_later() -> None:
-    """Three misses are nine slices, six and then three: the third product's first six are there before its own."""
+def test_slices_come_one_after_another() -> None:
+    """Three misses are nine slices, six in flight; one miss is three, and each product computes what is there while it waits."""
     rates = Reads({(1 << 20, 3): 100e6, (1 << 20, 6): 200e6})
-    assert layer_s(3, 3, 2_700_000, Compute(1, 0.003), rates) == pytest.approx(0.027 + 0.027 + 3 * 0.001)
-    assert layer_s(4, 1, 2_700_000, Compute(1, 0.003), rates) == pytest.approx(0.027 + 9 * 0.001)
+    assert layer_s(3, 3, 2_700_000, Compute(1, 0.003), rates) == pytest.approx(9 * 0.0045 + 0.001)
+    assert layer_s(4, 1, 2_700_000, Compute(1, 0.003), rates) == pytest.approx(3 * 0.009 + 0.001)
     assert layer_s(4, 0, 2_700_000, Compute(1, 0.003), rates) == pytest.approx(4 * 0.003)
 
 
-def test_a_slice_is_there_with_its_last_piece() -> None:
-    """Three slices of 2 MB are nine pieces: the sixth ends the second slice, and the product of the third waits for it alone."""
-    rates = Reads({(1 << 20, 3): 100e6, (1 << 20, 6): 200e6})
-    assert layer_s(1, 1, 6_000_000, Compute(1, 0.003, 0.0005), rates) == pytest.approx(0.020 + 0.020 + 0.0005 + 0.001)
+def test_pieces_of_one_slice_are_in_flight_together() -> None:
+    """Three slices of 2 MB are nine pieces, six in flight, as fast as six reads of 1 MB; what a slice costs besides is waited for once."""
+    rates = Reads({(1_000_000, 6): 200e6, (4_000_000, 6): 400e6})
+    assert layer_s(1, 1, 6_000_000, Compute(1, 0.003, 0.0005), rates) == pytest.approx(0.030 + 0.0005 + 0.001)
 
 
 def test_reads_are_interpolated_and_limited(tmp_path: Path) -> None:
