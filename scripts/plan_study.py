@@ -7,8 +7,8 @@
     .venv/bin/python scripts/plan_study.py MODEL... --report docs/benchmarks/plan --predict-again   # and what is predicted, now
     .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 8.59   # docs/benchmarks/plan/time-model.md
 
-Each run is a process of its own in a profile's limits. It answers one of the benchmark's prompts of each kind, each from no expert in
-memory, sampled with a penalty on repetition. Predicted by the header, the limit and what `spac tune` measured. Runs that are
+Each answer, to one of the benchmark's prompts of each kind, is a process of its own in a profile's limits, sampled with a penalty on
+repetition. Predicted just before it, as `spac plan` would: by the header, the limit, what `spac tune` measured and how fast the disk is now. Runs that are
 there already are kept.
 
 `--time-model` tries the time model alone: runs of scripts/measure_paging.py, with the misses that they had instead of those of the curve,
@@ -45,7 +45,7 @@ MEMORIES: Final = (12, 25, 50)
 TOKENS: Final = 64
 RUN_S: Final = 50  # about; a slow cell decodes fewer tokens
 LEAST_TOKENS: Final = 16
-KINDS: Final = 5  # prompts of a run, one after another, cold each time
+KINDS: Final = 5  # prompts of a cell
 CTX: Final = 4096
 REPEAT_PENALTY: Final = 1.2  # without it, text of so small a model soon goes round in a circle, which misses nothing
 AIM: Final = 0.15
@@ -69,28 +69,22 @@ def run_worker(config: dict[str, Any]) -> None:
     import spac
 
     llama = spac.Llama(config["model"], memory=config["memory"], n_ctx=CTX, n_batch=512, n_threads=config["threads"], verbose=False)
-    answers = []
-    for prompt in config["prompts"]:
-        llama.reset()
-        llama._ctx.kv_cache_clear()
-        llama.spac.evict_all()
-        tokens = llama.tokenize(prompt.encode())
+    tokens = llama.tokenize(config["prompt"].encode())
+    begin = time.perf_counter()
+    llama.eval(tokens)
+    answer: dict[str, Any] = {"prompt_tokens": len(tokens), "ttft_s": time.perf_counter() - begin, "paged": llama.spac.paged}
+    before = llama.spac.stats()
+    with contextlib.closing(penalising_sampler(llama, config["seed"])) as sampler:
         begin = time.perf_counter()
-        llama.eval(tokens)
-        answer: dict[str, Any] = {"prompt_tokens": len(tokens), "ttft_s": time.perf_counter() - begin}
-        before = llama.spac.stats()
-        with contextlib.closing(penalising_sampler(llama, config["seed"])) as sampler:
-            begin = time.perf_counter()
-            for _ in range(config["tokens"]):
-                llama.eval([sampler.sample(llama._ctx, -1)])
-            answer["tokens_per_s"] = config["tokens"] / (time.perf_counter() - begin)
-        after = llama.spac.stats()
-        if before is not None and after is not None:
-            uses = after.hits + after.misses - before.hits - before.misses
-            answer |= {"miss_rate": (after.misses - before.misses) / uses, "budget_bytes": after.budget_bytes}
-            answer["read_bytes_per_token"] = (after.bytes_read - before.bytes_read) / config["tokens"]
-        answers.append(answer)
-    print(json.dumps({"answers": answers, "paged": llama.spac.paged}))
+        for _ in range(config["tokens"]):
+            llama.eval([sampler.sample(llama._ctx, -1)])
+        answer["tokens_per_s"] = config["tokens"] / (time.perf_counter() - begin)
+    after = llama.spac.stats()
+    if before is not None and after is not None:
+        uses = after.hits + after.misses - before.hits - before.misses
+        answer |= {"miss_rate": (after.misses - before.misses) / uses, "budget_bytes": after.budget_bytes}
+        answer["read_bytes_per_token"] = (after.bytes_read - before.bytes_read) / config["tokens"]
+    print(json.dumps(answer))
     llama.close()
 
 
@@ -136,17 +130,21 @@ def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
     tokens = TOKENS
     if predicted["decode_tokens_per_s"]:
         tokens = min(TOKENS, max(LEAST_TOKENS, int(RUN_S * predicted["decode_tokens_per_s"] / KINDS)))
-    config = {"model": str(model), "memory": limits.memory_bytes, "prompts": chosen, "tokens": tokens, "seed": repeat, "threads": limits.cores}
+    config = {"model": str(model), "memory": limits.memory_bytes, "tokens": tokens, "seed": repeat, "threads": limits.cores}
     enforced = {key: value for key, value in dataclasses.asdict(limits).items() if key not in record["not_enforced"]}
-    busy_s, begin = machine_busy_s(), time.monotonic()
-    run = cgroups.run_limited([sys.executable, __file__, "--worker", json.dumps(config)], **enforced, measure=True, files=[model])
-    cores = record["machine"]["cores"]
-    others = (machine_busy_s() - busy_s - run.cpu_s) / (time.monotonic() - begin) / cores
-    record |= {"tokens": tokens, "others_share": round(others, 3)}
-    if run.returncode == 0:
-        return {**record, **json.loads(run.stdout.splitlines()[-1])}
-    lines = run.stderr.strip().splitlines() or ["killed at the memory limit" if run.oom_killed else "no message"]
-    return {**record, "error": lines[-1]}
+    busy_s, begin, used_s = machine_busy_s(), time.monotonic(), 0.0
+    record |= {"tokens": tokens, "answers": []}
+    for i, prompt in enumerate(chosen):
+        now = predicted if i == 0 else ask(model, name, memory, repeat)[2]
+        command = [sys.executable, __file__, "--worker", json.dumps({**config, "prompt": prompt})]
+        run = cgroups.run_limited(command, **enforced, measure=True, files=[model])
+        used_s += run.cpu_s
+        if run.returncode != 0:
+            lines = run.stderr.strip().splitlines() or ["killed at the memory limit" if run.oom_killed else "no message"]
+            return {**record, "error": lines[-1]}
+        record["answers"].append({**json.loads(run.stdout.splitlines()[-1]), "predicted": now})
+    others = (machine_busy_s() - busy_s - used_s) / (time.monotonic() - begin) / record["machine"]["cores"]
+    return {**record, "others_share": round(others, 3)}
 
 
 def machine_busy_s() -> float:
@@ -172,7 +170,7 @@ def report(folder: Path) -> str:
     ]
     errors, inside, total, wrong = [], 0, 0, 0
     for (model, profile, memory), found in sorted(cells.items(), key=lambda item: (item[0][0], PROFILES.index(item[0][1]), item[0][2])):
-        answers = [(answer, run["predicted"]) for run in found for answer in run.get("answers", [])]
+        answers = [(answer, answer.get("predicted", run["predicted"])) for run in found for answer in run.get("answers", [])]
         fits = found[0]["predicted"]["fits"]
         label = f"| {model} | {profile} | {memory} % | {len(answers)} |"
         if not answers or not fits:
@@ -283,6 +281,8 @@ def main() -> None:
             if model is None:
                 parser.error(f"{path}: its model, {run['model']}, was not given")
             run["predicted"] = ask(model, run["profile"], run["memory"], run["repeat"])[2]
+            for answer in run.get("answers", []):
+                answer.pop("predicted", None)
             path.write_text(json.dumps(run, separators=(",", ":")) + "\n")
     text = report(folder)
     (folder / "table.md").write_text(text)
