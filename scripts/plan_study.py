@@ -24,6 +24,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -134,8 +135,9 @@ def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
     enforced = {key: value for key, value in dataclasses.asdict(limits).items() if key not in record["not_enforced"]}
     busy_s, begin, used_s = machine_busy_s(), time.monotonic(), 0.0
     record |= {"tokens": tokens, "answers": []}
-    for i, prompt in enumerate(chosen):
-        now = predicted if i == 0 else ask(model, name, memory, repeat)[2]
+    for prompt in chosen:
+        again = [sys.executable, __file__, "--ask", json.dumps([str(model), name, memory, repeat])]  # what a process holds counts
+        now = json.loads(subprocess.run(again, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         command = [sys.executable, __file__, "--worker", json.dumps({**config, "prompt": prompt})]
         run = cgroups.run_limited(command, **enforced, measure=True, files=[model])
         used_s += run.cpu_s
@@ -250,7 +252,12 @@ def main() -> None:
     parser.add_argument("--time-model", type=Path, metavar="FOLDER", help="only try the time model on runs of measure_paging.py")
     parser.add_argument("--repack", type=float, default=0, metavar="N", help="billions of Q4_0 weights that a thread rearranges a second")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--ask", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.ask:
+        path, *cell = json.loads(options.ask)
+        print(json.dumps(ask(Path(path), *cell)[2]))
+        return
     if options.worker:
         run_worker(json.loads(options.worker))
         return
