@@ -133,20 +133,21 @@ def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
         tokens = min(TOKENS, max(LEAST_TOKENS, int(RUN_S * predicted["decode_tokens_per_s"] / KINDS)))
     config = {"model": str(model), "memory": limits.memory_bytes, "tokens": tokens, "seed": repeat, "threads": limits.cores}
     enforced = {key: value for key, value in dataclasses.asdict(limits).items() if key not in record["not_enforced"]}
-    busy_s, begin, used_s = machine_busy_s(), time.monotonic(), 0.0
+    others_s, wall_s = 0.0, 0.0
     record |= {"tokens": tokens, "answers": []}
     for prompt in chosen:
         again = [sys.executable, __file__, "--ask", json.dumps([str(model), name, memory, repeat])]  # what a process holds counts
         now = json.loads(subprocess.run(again, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         command = [sys.executable, __file__, "--worker", json.dumps({**config, "prompt": prompt})]
+        busy_s, begin = machine_busy_s(), time.monotonic()
         run = cgroups.run_limited(command, **enforced, measure=True, files=[model])
-        used_s += run.cpu_s
+        others_s += machine_busy_s() - busy_s - run.cpu_s
+        wall_s += time.monotonic() - begin
         if run.returncode != 0:
             lines = run.stderr.strip().splitlines() or ["killed at the memory limit" if run.oom_killed else "no message"]
             return {**record, "error": lines[-1]}
         record["answers"].append({**json.loads(run.stdout.splitlines()[-1]), "predicted": now})
-    others = (machine_busy_s() - busy_s - used_s) / (time.monotonic() - begin) / record["machine"]["cores"]
-    return {**record, "others_share": round(others, 3)}
+    return {**record, "others_share": round(others_s / wall_s / record["machine"]["cores"], 3)}
 
 
 def machine_busy_s() -> float:

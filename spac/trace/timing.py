@@ -116,8 +116,8 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
     """Time of a replay's decoded tokens, the first `skip_tokens` left out.
 
     A layer's missing slices are read in the order of its products, in pieces, READS_IN_FLIGHT at a time: as fast as so many reads
-    at once that are as long together, one slice after another. A product computes what is there first, then each slice when it has come, and the next one waits
-    for it. A limit counts by token.
+    at once that are as long together, one slice after another. A product computes what is there first, then each slice when it
+    has come, and the next one waits for it. A limit counts by token.
 
     Raises:
         OptionError: the trace does not know a bundle's bytes, or has no decoded tokens.
