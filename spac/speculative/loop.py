@@ -152,13 +152,12 @@ class Speculation:
         sensed = llama.spac.horizon(not self._verifies_nothing) if self._horizon == "auto" else self._horizon
         most = self._most_verified(llama)
         asked = min(max(sensed, min(self._length.wanted, most)), room) if self.draft is not None else 0
+        proposal, draft_s = Proposal([], []), 0.0
         if self.draft is not None and asked > 0:
             self.draft.follow(sequence[:-1])  # a prompt, or what came while nothing was drafted
-        begin = time.perf_counter()
-        proposal = Proposal([], [])
-        if self.draft is not None and asked > 0:
+            begin = time.perf_counter()
             proposal = self.draft.propose(sequence, asked).known_to(llama.n_vocab())
-        draft_s = time.perf_counter() - begin
+            draft_s = time.perf_counter() - begin
         self.acceptance.expect(proposal)
         chances = self.acceptance.chances(proposal)
         llama.spac.propose(proposal, chances, draft_s)

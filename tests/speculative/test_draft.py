@@ -54,6 +54,19 @@ def test_rejected_tokens_are_forgotten(draft: ModelDraft, tokens: list[int]) -> 
     assert draft.propose(tokens[:3], 2).tokens != []
 
 
+def test_what_it_followed_is_not_evaluated_again(draft: ModelDraft, tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = draft.propose(tokens, 3).tokens
+    draft.follow(tokens[:4])
+    draft.follow(tokens[:-1])
+    evaluated: list[list[int]] = []
+    evaluate = draft.llama.eval
+    monkeypatch.setattr(draft.llama, "eval", lambda some: (evaluated.append(list(some)), evaluate(some)))
+    draft.follow(tokens[:-1])
+    assert not evaluated
+    assert draft.propose(tokens, 3).tokens == expected
+    assert evaluated[0] == tokens[-1:]
+
+
 def test_a_full_draft_context_ends_proposals(draft: ModelDraft, tokens: list[int]) -> None:
     """256 tokens are its context: the last proposal may reach one beyond, which is not evaluated."""
     sequence = (tokens * 20)[:254]
