@@ -15,6 +15,10 @@ static constexpr double near_head = 8;
 // Deadlines: 0 the op being computed, 1 and 2 its layer's other tensors, then prefetches.
 static constexpr int prefetch_deadline = 3;
 
+bool Pager::Job::ahead() const {
+    return deadline >= prefetch_deadline;
+}
+
 // A prefetch begins only while no demand is being read, and only so many at a time: what a demand that comes in between has to
 // share the device with.
 static constexpr int max_reading_ahead = 2;
@@ -60,7 +64,7 @@ Pager::Claim Pager::claim(const Job & job) const {
         return Claim::anything_idle;
     }
     const double ahead = job.rank - (op ? (double) op->head : 0);
-    return job.deadline < prefetch_deadline && ahead < near_head ? Claim::not_upcoming : Claim::worth_less;
+    return !job.ahead() && ahead < near_head ? Claim::not_upcoming : Claim::worth_less;
 }
 
 // Takes the first job that there is room for and makes the room. One without room holds up none behind it: the order is by
@@ -69,7 +73,7 @@ bool Pager::take_job(Job & job) {
     Refusal refusal;
     bool    demanded = false;
     for (const Job & candidate : queue_) {
-        const bool ahead = candidate.deadline >= prefetch_deadline;
+        const bool ahead = candidate.ahead();
         if (ahead && (n_reading_ > 0 || n_reading_ahead_ >= max_reading_ahead || demanded)) {
             return false;  // all behind it are prefetches, too
         }
@@ -110,7 +114,7 @@ bool Pager::take_piece(Job & job, int & piece) {
     Slice & slice = job.tensor->slices[job.expert];
     piece = slice.n_begun++;
     open_.reset();
-    if (job.deadline < prefetch_deadline && slice.n_begun < job.tensor->n_pieces()) {
+    if (!job.ahead() && slice.n_begun < job.tensor->n_pieces()) {
         open_ = job;
     }
     notify_work();  // the next one for another thread
@@ -123,12 +127,12 @@ void Pager::read_piece(const Job & job, int piece, Lock & lock) {
     Slice &       slice  = tensor.slices[job.expert];
     lock.unlock();
     const auto begin = std::chrono::steady_clock::now();
-    const ReadResult result = job.deadline >= prefetch_deadline ? read_ahead(tensor, job.expert) : read(tensor, job.expert, piece);
+    const ReadResult result = job.ahead() ? read_ahead(tensor, job.expert) : read(tensor, job.expert, piece);
     const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
     lock.lock();
     model.read_ns.fetch_add((uint64_t) ns, std::memory_order_relaxed);
     model.bytes_read.fetch_add(result.bytes, std::memory_order_relaxed);
-    if (job.deadline >= prefetch_deadline) {
+    if (job.ahead()) {
         model.ahead_bytes.fetch_add(result.bytes, std::memory_order_relaxed);
         model.wasted_bytes.fetch_add(result.os_error == ECANCELED ? result.bytes : 0, std::memory_order_relaxed);
     }
@@ -149,7 +153,7 @@ void Pager::finish_read(const Job & job) {
     PagedTensor & tensor = *job.tensor;
     Model &       model  = *tensor.model;
     Slice &       slice  = tensor.slices[job.expert];
-    const bool    ahead  = job.deadline >= prefetch_deadline;
+    const bool    ahead  = job.ahead();
     model.reads.fetch_add(1, std::memory_order_relaxed);
     model.rereads.fetch_add(slice.was_read ? 1 : 0, std::memory_order_relaxed);
     slice.was_read = true;

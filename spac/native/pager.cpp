@@ -16,14 +16,6 @@ static constexpr size_t largest_piece_bytes = (1 << 20) - (1 << 16);
 // set-up
 //
 
-// Pieces are of about one size, whole units of what the bytes are arranged in.
-static size_t piece_bytes(const PagedTensor & tensor) {
-    const size_t unit     = tensor.repacker ? tensor.repacker->unit_bytes() : page_size();
-    const size_t n_units  = (tensor.slice_bytes + unit - 1) / unit, most = std::max<size_t>(1, largest_piece_bytes / unit);
-    const size_t n_pieces = (n_units + most - 1) / most;
-    return (n_units + n_pieces - 1) / n_pieces * unit;
-}
-
 void Model::arrange() {
     std::stable_sort(tensors.begin(), tensors.end(), [](const auto & a, const auto & b) {
         return a->group->key != b->group->key ? a->group->key < b->group->key : a->rank < b->rank;
@@ -34,7 +26,7 @@ void Model::arrange() {
         tensor->model    = this;
         tensor->part     = (int) group.parts.size();
         tensor->slices   = std::make_unique<Slice[]>(tensor->n_experts);
-        tensor->piece_bytes = piece_bytes(*tensor);
+        tensor->piece_bytes = even_piece(tensor->slice_bytes, tensor->repacker ? tensor->repacker->unit_bytes() : page_size(), largest_piece_bytes);
         group.n_experts  = std::max(group.n_experts, tensor->n_experts);
         group.parts.push_back(tensor.get());
         const uint64_t bytes = (uint64_t) tensor->n_experts * tensor->slice_bytes, misplaced = (uintptr_t) tensor->data % page_size();

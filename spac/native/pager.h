@@ -155,6 +155,7 @@ class Pager {
         double        rank;
         PagedTensor * tensor;
         int           expert;
+        bool ahead() const;  // a prefetch, not a demand
         bool operator<(const Job & other) const {
             if (deadline != other.deadline) { return deadline < other.deadline; }
             if (rank != other.rank) { return rank < other.rank; }

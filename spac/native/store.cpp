@@ -66,6 +66,12 @@ size_t huge_page_size() {
     return size;
 }
 
+size_t even_piece(size_t length, size_t unit, size_t most) {
+    const size_t n_units  = (length + unit - 1) / unit, most_units = std::max<size_t>(1, most / unit);
+    const size_t n_pieces = std::max<size_t>(1, (n_units + most_units - 1) / most_units);
+    return std::max<size_t>(1, (n_units + n_pieces - 1) / n_pieces) * unit;
+}
+
 int populate_pages(void * address, size_t length) {
     return madvise(address, length, MADV_POPULATE_READ) == 0 ? 0 : errno;
 }
@@ -316,9 +322,7 @@ class DirectStore : public AnonymousStore {
         if (!landing || unit > most) {
             return Store::read(file, address, length, offset, arrangement);
         }
-        // of about one size: what little a last one had left would take nearly as long as a whole piece
-        const size_t n_units = (length + unit - 1) / unit, most_units = most / unit, n_pieces = (n_units + most_units - 1) / most_units;
-        const size_t piece_bytes = n_pieces > 0 ? (n_units + n_pieces - 1) / n_pieces * unit : unit;
+        const size_t piece_bytes = even_piece(length, unit, most);
         ReadResult result;
         for (size_t done = 0; done < length; done += piece_bytes) {
             const uint64_t first = offset + done, until = std::min(first + piece_bytes, offset + length);

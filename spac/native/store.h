@@ -16,6 +16,10 @@ size_t page_size();
 size_t kernel_page_size();
 size_t huge_page_size();  // 0: the kernel has none
 
+// Into what a length of whole units is cut, so that no piece is longer than `most` unless a unit is, and all are of about one size: what
+// little a last one had left would take nearly as long to read as a whole piece.
+size_t even_piece(size_t length, size_t unit, size_t most);
+
 // Reads a mapping's pages in at once; 0 or errno: EINVAL before Linux 5.14.
 int populate_pages(void * address, size_t length);
 

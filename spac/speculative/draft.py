@@ -110,8 +110,9 @@ class ModelDraft(Draft):
 
     def follow(self, tokens: Sequence[int]) -> None:
         """As `propose`, with the same errors."""
+        tokens = list(tokens)
         if len(tokens) <= self.llama.n_ctx():
-            self._go_to(list(tokens), common_prefix(self._sequence, list(tokens)))
+            self._go_to(tokens, common_prefix(self._sequence, tokens))
 
     def propose(self, tokens: Sequence[int], n: int) -> Proposal:
         """As `Draft.propose`; fewer at the end of its context.
