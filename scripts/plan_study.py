@@ -121,6 +121,13 @@ def ask(model: Path, name: str, memory: int, repeat: int) -> tuple[list[str], cg
         return chosen, limits, predict(model, profile, limit, sum(len(text) for text in chosen) // KINDS // 4)
 
 
+def ask_apart(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
+    """What is predicted, by a process of its own: what it holds in memory counts against the run that follows it."""
+    command = [sys.executable, __file__, "--ask", json.dumps([str(model), name, memory, repeat])]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return found
+
+
 def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
     chosen, limits, predicted = ask(model, name, memory, repeat)
     record: dict[str, Any] = {
@@ -136,8 +143,7 @@ def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
     others_s, wall_s = 0.0, 0.0
     record |= {"tokens": tokens, "answers": []}
     for prompt in chosen:
-        again = [sys.executable, __file__, "--ask", json.dumps([str(model), name, memory, repeat])]  # what a process holds counts
-        now = json.loads(subprocess.run(again, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        now = ask_apart(model, name, memory, repeat)
         command = [sys.executable, __file__, "--worker", json.dumps({**config, "prompt": prompt})]
         busy_s, begin = machine_busy_s(), time.monotonic()
         run = cgroups.run_limited(command, **enforced, measure=True, files=[model])
@@ -173,7 +179,9 @@ def report(folder: Path) -> str:
     ]
     errors, inside, total, wrong = [], 0, 0, 0
     for (model, profile, memory), found in sorted(cells.items(), key=lambda item: (item[0][0], PROFILES.index(item[0][1]), item[0][2])):
-        answers = [(answer, answer.get("predicted", run["predicted"])) for run in found for answer in run.get("answers", [])]
+        every = [(answer, answer.get("predicted", run["predicted"])) for run in found for answer in run.get("answers", [])]
+        answers = [(answer, predicted) for answer, predicted in every if predicted["fits"]]
+        wrong += len(every) - len(answers)
         fits = found[0]["predicted"]["fits"]
         label = f"| {model} | {profile} | {memory} % | {len(answers)} |"
         if not answers or not fits:

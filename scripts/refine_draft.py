@@ -132,7 +132,7 @@ def main() -> None:
     report = refine(arguments.work, arguments.minutes)
     print(json.dumps({key: report[key] for key in ("before", "after", "steps")}))
     parts = json.loads((MODELS / "training.json").read_text())
-    write_card({**parts, "refined": report})
+    write_card({**parts, "refined": [*parts.get("refined", []), report]})
 
 
 if __name__ == "__main__":

@@ -609,7 +609,7 @@ Use of experts by layer on that text, most used to least, each column an expert 
 """
 
 REFINED = """
-Then the draft was trained further on what the target writes (`scripts/sample_demo.py`, `scripts/refine_draft.py`; seed {seed}): {steps} steps in {minutes:g} minutes on
+Then the draft was trained further on what the target writes (`scripts/sample_demo.py`, `scripts/refine_draft.py`; seed {seed}): {steps} steps in {minutes:g} minutes (runs: {runs}) on
 {tokens:,} tokens, with the target's probabilities of its likeliest tokens at every place. On such text that it never saw, its likeliest
 token is the target's in {before_own:.1%} of places before and {after_own:.1%} after; on documents that neither saw in {before_documents:.1%} and {after_documents:.1%}. The draft's losses below and
 above are those before.
@@ -622,11 +622,11 @@ def card(work: Path) -> None:
 
 
 def write_card(parts: dict[str, Any]) -> None:
-    """Writes models/README.md and models/training.json: of each step its report; "refined", by scripts/refine_draft.py, may be missing."""
+    """Writes models/README.md and models/training.json: of each step its report; "refined", the runs of scripts/refine_draft.py, may be missing."""
     corpus, target, draft, evaluation = (parts[name] for name in ("corpus", "target", "draft", "evaluation"))
     use = np.array(evaluation["expert_use_by_layer"], dtype=float)
     use = -np.sort(-use / use.sum(1, keepdims=True), axis=1)
-    refined = parts.get("refined")
+    refined = parts.get("refined", [])
     blocks = " ▁▂▃▄▅▆▇█"
     histogram = [f"{i:2d} " + "".join(blocks[max(1, round(8 * share / use.max()))] for share in layer) for i, layer in enumerate(use)]
     every = max(1, len(target["loss_curve"]) // 12)
@@ -644,10 +644,11 @@ def write_card(parts: dict[str, Any]) -> None:
         steps=target["steps"], batch=target["batch"], sequence=c["sequence"], rate=target["peak_rate"], draft_steps=draft["steps"],
         curve="\n".join(curve), lru=rates["mean"], lru_layers=", ".join(f"{r:.2f}" for r in rates["by_layer"]),
         shared=evaluation["experts_shared_with_the_token_before"],
-        accepted=refined["after"]["documents"] if refined else evaluation["draft_greedy_agreement"],
-        refined="" if refined is None else REFINED.format(
-            **refined, tokens=refined["sequences"] * c["sequence"], before_own=refined["before"]["own_text"],
-            after_own=refined["after"]["own_text"], before_documents=refined["before"]["documents"], after_documents=refined["after"]["documents"],
+        accepted=refined[-1]["after"]["documents"] if refined else evaluation["draft_greedy_agreement"],
+        refined="" if not refined else REFINED.format(
+            seed=refined[0]["seed"], runs=len(refined), steps=sum(r["steps"] for r in refined), minutes=sum(r["minutes"] for r in refined),
+            tokens=refined[0]["sequences"] * c["sequence"], before_own=refined[0]["before"]["own_text"], after_own=refined[-1]["after"]["own_text"],
+            before_documents=refined[0]["before"]["documents"], after_documents=refined[-1]["after"]["documents"],
         ),
         target_loss=evaluation["held_out_loss"]["target"], draft_loss=evaluation["held_out_loss"]["draft"], top=use.max(),
         even=1 / c["n_experts"], histogram="\n".join(histogram),
