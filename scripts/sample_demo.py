@@ -2,7 +2,7 @@
 """The bundled model's own text with its probabilities, for its draft to learn from.
 
     scripts/train_demo.py corpus WORK                      # first: what the model was trained on
-    .venv/bin/python scripts/sample_demo.py WORK           # writes WORK/samples.npz, in about six minutes of two cores
+    .venv/bin/python scripts/sample_demo.py WORK           # writes WORK/samples.npz, in about twelve minutes of two cores
 
 A draft is asked what the target will write, which is not quite what people wrote. Each sequence begins as a document or a question of the
 training text does and goes on with the target's own words, half of them sampled at temperature 0.6, half at 0.8, never a token
@@ -27,7 +27,7 @@ from spac.generate import tokenize
 import llama_cpp.llama_cpp as upstream  # isort: skip
 
 MODEL = Path(__file__).resolve().parent.parent / "models/spac-demo-moe.gguf"
-SEQUENCES, LENGTH, PARALLEL, KEPT = 3072, 256, 64, 48
+SEQUENCES, LENGTH, PARALLEL, KEPT = 6144, 256, 64, 48
 BEGINNINGS = (12, 80)  # tokens, shortest and longest
 TEMPERATURES, MIN_P = (0.6, 0.8), 0.05
 SEED = 20261126

@@ -356,6 +356,21 @@ def test_cancel_stops_a_decode(model_path: Path) -> None:
     llama.close()
 
 
+def test_a_load_that_is_cancelled_leaves_no_model_behind(model_path: Path) -> None:
+    def n_open() -> int:
+        n = 0
+        for entry in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                n += os.readlink(f"/proc/self/fd/{entry}") == str(model_path.resolve())
+        return n
+
+    before = n_open()
+    for most in (0.0, 0.5, 0.9):
+        with pytest.raises(spac.Cancelled):
+            load(model_path, on_progress=lambda done, most=most: done < most)
+    assert n_open() == before
+
+
 def test_a_prompt_longer_than_the_context(llama: spac.Llama) -> None:
     with pytest.raises(spac.DecodeError, match="do not fit into the context of 512"):
         llama.eval([300] * 513)

@@ -85,14 +85,15 @@ def markdown(found: Sequence[Record]) -> str:
 
 def heading(found: Sequence[Record]) -> str:
     """What was measured on what."""
-    first = found[0]
+    first = min(found, key=lambda record: record["time"])
+    commits = dict.fromkeys(record["commit"] or "unknown" for record in sorted(found, key=lambda record: record["time"]))
     machine, model = first["machine"], first["model"]
     board = f"{machine['board']}, " if machine.get("board") else ""
     profile = first.get("profile") or {}
     lines = [
         f"- model: {model['name']}, {format_bytes(model['bytes'])}; threads: {first['threads']}",
         f"- machine: {board}{machine['cpu']}, {machine['cores']} cores, {format_bytes(machine['memory_bytes'])}, Linux {machine['kernel']}",
-        f"- spac {first['versions'].get('spac', '')}, commit {first['commit'] or 'unknown'}; {first['time']} to {found[-1]['time']}",
+        f"- spac {first['versions'].get('spac', '')}, commit {', '.join(commits)}; {first['time']} to {max(record['time'] for record in found)}",
     ]
     if profile.get("name"):
         lines.append(f"- profile: {profile['name']}, {profile['title']}")

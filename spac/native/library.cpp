@@ -79,7 +79,8 @@ int Library::adopt(const std::shared_ptr<Model> & model, int n_io_threads) {
 }
 
 void Library::forget(const std::shared_ptr<Model> & model) {
-    if (model->id == 0) {  // its load did not come to an end
+    if (model->id == 0) {  // its load was given up
+        model->tensors.clear();
         return;
     }
     pager.remove_model(*model);

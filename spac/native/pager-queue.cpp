@@ -2,7 +2,6 @@
 #include "pager.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cmath>
 
@@ -89,7 +88,7 @@ bool Pager::take_job(Job & job) {
             slice.retry    = false;
             slice.os_error = 0;
             slice.n_begun  = 0;
-            slice.n_left   = ahead ? 1 : job.tensor->n_pieces();
+            slice.n_left   = job.tensor->n_pieces();
             ++(ahead ? n_reading_ahead_ : n_reading_);
             count_present(job.tensor->group->bundles[job.expert], 1);
             used_ += bytes;
@@ -104,7 +103,7 @@ bool Pager::take_job(Job & job) {
 }
 
 // Several threads read the pieces of one slice, so that the first one wanted is here first, and the last one does not come
-// through one thread alone. A guess is read by one thread, which can abandon it.
+// through one thread alone. A guess is read by one thread, unless its layer chooses it meanwhile.
 bool Pager::take_piece(Job & job, int & piece) {
     if (open_) {
         job = *open_;
@@ -114,86 +113,85 @@ bool Pager::take_piece(Job & job, int & piece) {
     Slice & slice = job.tensor->slices[job.expert];
     piece = slice.n_begun++;
     open_.reset();
-    if (!job.ahead() && slice.n_begun < job.tensor->n_pieces()) {
+    if ((!job.ahead() || slice.upcoming > 0) && slice.n_begun < job.tensor->n_pieces()) {
         open_ = job;
     }
     notify_work();  // the next one for another thread
     return true;
 }
 
+// And of a guess those that follow, until it was wrong, or others help because it was right.
 void Pager::read_piece(const Job & job, int piece, Lock & lock) {
     PagedTensor & tensor = *job.tensor;
-    Model &       model  = *tensor.model;
     Slice &       slice  = tensor.slices[job.expert];
-    lock.unlock();
-    const auto begin = std::chrono::steady_clock::now();
-    const ReadResult result = job.ahead() ? read_ahead(tensor, job.expert) : read(tensor, job.expert, piece);
-    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
-    lock.lock();
-    model.read_ns.fetch_add((uint64_t) ns, std::memory_order_relaxed);
-    model.bytes_read.fetch_add(result.bytes, std::memory_order_relaxed);
-    if (job.ahead()) {
-        model.ahead_bytes.fetch_add(result.bytes, std::memory_order_relaxed);
-        model.wasted_bytes.fetch_add(result.os_error == ECANCELED ? result.bytes : 0, std::memory_order_relaxed);
-    }
-    if (result.os_error != 0) {
-        slice.os_error = result.os_error;
-        if (open_ && open_->tensor == &tensor && open_->expert == job.expert) {  // the rest is not worth reading
-            slice.n_left -= tensor.n_pieces() - slice.n_begun;
-            open_.reset();
+    while (true) {
+        read(job, piece, lock);
+        const int  rest    = tensor.n_pieces() - slice.n_begun;
+        const bool is_open = open_ && open_->tensor == &tensor && open_->expert == job.expert;
+        --slice.n_left;
+        if (rest > 0 && (slice.os_error != 0 || slice.abandoned)) {  // the rest is not worth reading
+            slice.n_left -= rest;
+            if (is_open) {
+                open_.reset();
+            }
+        } else if (rest > 0 && job.ahead() && !is_open) {
+            if (slice.upcoming > 0 && !open_) {
+                open_ = job;
+                return;
+            }
+            piece = slice.n_begun++;
+            continue;
         }
-    }
-    if (--slice.n_left == 0) {
-        finish_read(job);
+        if (slice.n_left == 0) {
+            finish_read(job);
+        }
+        return;
     }
 }
 
-// All of the slice's pieces are here, or what was begun of them after one failed.
+// All of the slice's pieces are here, or what was begun of them.
 void Pager::finish_read(const Job & job) {
     PagedTensor & tensor = *job.tensor;
     Model &       model  = *tensor.model;
     Slice &       slice  = tensor.slices[job.expert];
     const bool    ahead  = job.ahead();
+    const bool    whole  = slice.os_error == 0 && slice.n_begun == tensor.n_pieces();
     model.reads.fetch_add(1, std::memory_order_relaxed);
     model.rereads.fetch_add(slice.was_read ? 1 : 0, std::memory_order_relaxed);
-    slice.was_read = true;
+    slice.was_read = slice.was_read || whole;
     --(ahead ? n_reading_ahead_ : n_reading_);
     if (ahead) {
         model.ahead_reads.fetch_add(1, std::memory_order_relaxed);
         slice.ahead = slice.guess && slice.upcoming == 0;
     }
-    if (slice.os_error == 0) {
+    if (whole) {
         slice.state.store(State::resident, std::memory_order_seq_cst);
-    } else if (slice.os_error == ECANCELED) {
-        slice.state = State::absent;
-        release(tensor, job.expert);
     } else {
-        model.read_errors.fetch_add(1, std::memory_order_relaxed);
-        slice.state = slice.retry ? State::absent : State::failed;
+        const bool failed = slice.os_error != 0;
+        model.read_errors.fetch_add(failed ? 1 : 0, std::memory_order_relaxed);
+        model.wasted_bytes.fetch_add(failed ? 0 : tensor.piece_begin(slice.n_begun), std::memory_order_relaxed);
+        slice.state = failed && !slice.retry ? State::failed : State::absent;
         release(tensor, job.expert);
     }
     arrived_.notify_all();
 }
 
-ReadResult Pager::read(PagedTensor & tensor, int expert, int piece) {
-    const size_t begin = tensor.piece_begin(piece);
-    return tensor.model->store->read(*tensor.file, tensor.slice_data(expert) + begin, tensor.piece_length(piece),
-                                     tensor.slice_offset(expert) + begin, tensor.repacker.get());
-}
-
-// ECANCELED if it was abandoned meanwhile.
-ReadResult Pager::read_ahead(PagedTensor & tensor, int expert) {
-    ReadResult all;
-    for (int i = 0; i < tensor.n_pieces() && all.os_error == 0; ++i) {
-        if (tensor.slices[expert].abandoned) {
-            all.os_error = ECANCELED;
-            break;
-        }
-        const ReadResult piece = read(tensor, expert, i);
-        all.bytes += piece.bytes;
-        all.os_error = piece.os_error;
+void Pager::read(const Job & job, int piece, Lock & lock) {
+    PagedTensor & tensor = *job.tensor;
+    Model &       model  = *tensor.model;
+    const size_t  at     = tensor.piece_begin(piece);
+    lock.unlock();
+    const auto begin = std::chrono::steady_clock::now();
+    const ReadResult result = model.store->read(*tensor.file, tensor.slice_data(job.expert) + at, tensor.piece_length(piece),
+                                                tensor.slice_offset(job.expert) + at, tensor.repacker.get());
+    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
+    lock.lock();
+    model.read_ns.fetch_add((uint64_t) ns, std::memory_order_relaxed);
+    model.bytes_read.fetch_add(result.bytes, std::memory_order_relaxed);
+    model.ahead_bytes.fetch_add(job.ahead() ? result.bytes : 0, std::memory_order_relaxed);
+    if (result.os_error != 0) {
+        tensor.slices[job.expert].os_error = result.os_error;
     }
-    return all;
 }
 
 // The layer has chosen: guesses that were wrong leave the queue, or stop being read; those that were right count as used.
@@ -250,9 +248,14 @@ void Pager::notify_work() {
     }
 }
 
+// Until its removal begins.
+bool Pager::serves(const Model & model) const {
+    return std::any_of(models_.begin(), models_.end(), [&](const auto & m) { return m.get() == &model; });
+}
+
 int Pager::prefetch(Model & model, const spac_bundle * bundles, int n) {
     Lock lock(mutex_);
-    if (std::none_of(models_.begin(), models_.end(), [&](const auto & m) { return m.get() == &model; })) {
+    if (!serves(model)) {
         return 0;
     }
     const size_t before = queue_.size();
@@ -276,6 +279,9 @@ int Pager::prefetch(Model & model, const spac_bundle * bundles, int n) {
 
 int Pager::foresee(Model & model, const Foresight & foresight) {
     Lock lock(mutex_);
+    if (!serves(model)) {
+        return 0;
+    }
     const size_t before = queue_.size();
     size_t at = 0;  // [group][expert]
     for (const auto & group : model.groups) {
@@ -393,6 +399,9 @@ bool Pager::make_room(const Job & job, Claim claim, Refusal & refusal) {
             victim = spare_upcoming(job.tensor->slices[job.expert].op);
         }
         if (!victim.tensor || !evict(*victim.tensor, victim.expert, &heir)) {
+            if (claim == Claim::anything_idle && !starving_.exchange(true)) {
+                continue;  // once more, now that whoever leaves an expert says so
+            }
             return refuse();
         }
     }

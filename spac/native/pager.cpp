@@ -87,8 +87,12 @@ void Pager::add_model(std::shared_ptr<Model> model, int n_io_threads) {
 void Pager::remove_model(Model & model) {
     Lock setup(setup_mutex_);
     std::vector<std::thread> retired;
+    std::shared_ptr<Model>   kept;
     {
         Lock lock(mutex_);
+        const auto at = std::find_if(models_.begin(), models_.end(), [&](const auto & m) { return m.get() == &model; });
+        kept = std::move(*at);
+        models_.erase(at);  // nobody queues anything for it any more
         for (spac_context * context : contexts_) {
             if (context->visit.group && context->visit.group->parts[0]->model == &model) {
                 end_visit(*context);
@@ -96,29 +100,32 @@ void Pager::remove_model(Model & model) {
         }
         for (auto & tensor : model.tensors) {
             for (int e = 0; e < tensor->n_experts; ++e) {
+                tensor->slices[e].abandoned = true;
                 if (tensor->slices[e].state == State::queued) {
                     dequeue(*tensor, e);
                 }
+            }
+        }
+        for (auto & tensor : model.tensors) {
+            for (int e = 0; e < tensor->n_experts; ++e) {
                 arrived_.wait(lock, [&] { return tensor->slices[e].state != State::reading; });
                 evict(*tensor, e);
             }
         }
         contexts_.erase(&model.default_context);
-        models_.erase(std::remove_if(models_.begin(), models_.end(), [&](const auto & m) { return m.get() == &model; }), models_.end());
         notify_work();
+        arrived_.notify_all();  // there is room for others
         if (models_.empty()) {
             stopping_ = true;
             retired.swap(threads_);
         }
     }
-    if (!retired.empty()) {
-        work_.notify_all();
-        for (auto & thread : retired) {
-            thread.join();
-        }
-        Lock lock(mutex_);
-        stopping_ = false;
+    work_.notify_all();
+    for (auto & thread : retired) {
+        thread.join();
     }
+    Lock lock(mutex_);
+    stopping_ = false;
 }
 
 void Pager::add_context(spac_context * context) {
@@ -180,7 +187,7 @@ void Pager::follow_budget(Lock & lock) {
         if (!victim.tensor) {
             victim = spare_upcoming(nullptr);
         }
-        if (!victim.tensor || !evict(*victim.tensor, victim.expert)) {
+        if ((!victim.tensor || !evict(*victim.tensor, victim.expert)) && starving_.exchange(true)) {
             arrived_.wait(lock);  // all that is left is in flight or in use: it will be let go
         }
     }
@@ -295,7 +302,7 @@ bool Pager::begin_expert(Op & op, int expert) {
     if (slice.state.load(std::memory_order_seq_cst) == State::resident && !op.context->stopped.load(std::memory_order_acquire)) {
         return true;
     }
-    slice.users.fetch_sub(1, std::memory_order_seq_cst);
+    let_go(slice);
 
     const bool counted = op.owner == std::this_thread::get_id();
     const auto begin   = std::chrono::steady_clock::now();
@@ -324,22 +331,32 @@ bool Pager::begin_expert(Op & op, int expert) {
         op.tensor->model->stall_ns.fetch_add((uint64_t) ns, std::memory_order_relaxed);
     }
     if (!here && op.left[op.position[expert]]->fetch_add(1) + 1 == op.n_threads) {
-        leave(op, expert, lock);
+        leave(op, expert);
     }
     return here;
 }
 
 void Pager::end_expert(Op & op, int expert) {
     const int n_threads = op.n_threads;
-    op.tensor->slices[expert].users.fetch_sub(1, std::memory_order_seq_cst);
+    let_go(op.tensor->slices[expert]);
     if (op.left[op.position[expert]]->fetch_add(1) + 1 == n_threads) {
         Lock lock(mutex_);
-        leave(op, expert, lock);
+        leave(op, expert);
+    }
+}
+
+// A thread is no longer inside.
+void Pager::let_go(Slice & slice) {
+    if (slice.users.fetch_sub(1, std::memory_order_seq_cst) == 1 && starving_.load(std::memory_order_seq_cst)) {
+        Lock lock(mutex_);
+        starving_ = false;
+        notify_work();
+        arrived_.notify_all();
     }
 }
 
 // All threads are done with the expert.
-void Pager::leave(Op & op, int expert, Lock &) {
+void Pager::leave(Op & op, int expert) {
     if (!op.context->visit.whole) {
         close_upcoming(*op.context, *op.tensor, expert);
     }

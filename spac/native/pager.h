@@ -3,7 +3,8 @@
 // Invariants
 //  1. used_bytes counts every page that a present slice touches, reads in flight included, and never exceeds the budget.
 //  2. A slice with users > 0 is resident and stays. A compute thread adds itself to users before it looks at state; the
-//     evictor sets state to absent before it looks at users: one of the two sees the other.
+//     evictor sets state to absent before it looks at users: one of the two sees the other. Likewise whoever finds all in use sets
+//     starving_ before it looks once more and sleeps, and a compute thread leaves users before it looks at starving_.
 //  3. An op's head (the first expert that not all of its threads have left) is never evicted once it is resident, and may
 //     evict anything that is neither in use nor another op's head. So every op advances with room for one slice, and ops
 //     cannot wait for each other in a circle.
@@ -20,7 +21,6 @@
 #include "window.h"
 
 #include <condition_variable>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -192,7 +192,8 @@ class Pager {
     void count_uses(Group & group, uint64_t end_token, const std::vector<int32_t> & needed, const Routing & routing);
     void end_visit(spac_context & context);
     void close_upcoming(spac_context & context, PagedTensor & tensor, int expert);
-    void leave(Op & op, int expert, Lock & lock);
+    void leave(Op & op, int expert);
+    void let_go(Slice & slice);
     void finish_op(Op & op);
 
     // the queue
@@ -200,9 +201,9 @@ class Pager {
     void dequeue(PagedTensor & tensor, int expert);
     bool take_job(Job & job);
     bool take_piece(Job & job, int & piece);
-    ReadResult read(PagedTensor & tensor, int expert, int piece);
-    ReadResult read_ahead(PagedTensor & tensor, int expert);
+    void read(const Job & job, int piece, Lock & lock);
     void drop_guesses(Group & group, const std::vector<int32_t> & needed);
+    bool serves(const Model & model) const;
     Claim claim(const Job & job) const;
     void read_piece(const Job & job, int piece, Lock & lock);
     void finish_read(const Job & job);
@@ -243,6 +244,7 @@ class Pager {
     int    n_reading_ = 0, n_reading_ahead_ = 0;  // demands and guesses in flight
     bool   stopping_ = false;
     int    n_idle_threads_ = 0;
+    std::atomic<bool> starving_{ false };  // somebody sleeps for room, and all there is was in use
 };
 
 }  // namespace spac

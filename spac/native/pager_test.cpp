@@ -271,7 +271,33 @@ TEST_CASE("a wrong guess leaves the queue when the layer has chosen, a right one
     CHECK(m.state(2, 0, 7) == State::queued);
 }
 
-TEST_CASE("a wrong guess that is being read is abandoned, and its room given back") {
+static constexpr size_t five_pieces = ((size_t) 9 << 19) + 96;
+
+TEST_CASE("a wrong guess that is being read is abandoned at its next piece, and its room given back") {
+    TestModel m(Shape{ 2, 1, 6, five_pieces });
+    Pager     pager(plenty);
+    pager.add_model(m.model, 0);
+    PagedTensor & tensor = m.tensor(1, 0);
+    m.store->on_read = [&] {
+        if (m.store->offsets().size() == 2) {
+            begin(pager, tensor, nullptr, { { 4 } });
+        }
+    };
+    m.foresee(pager, 1, { 2 });
+    REQUIRE(read_one(pager));
+    CHECK(m.store->offsets().size() == 2);
+    CHECK(m.state(1, 0, 2) == State::absent);
+    CHECK(m.model->wasted_bytes == tensor.piece_begin(2));
+    CHECK(m.model->ahead_bytes == tensor.piece_begin(2));
+    CHECK(m.model->read_errors == 0);
+    CHECK(pager.used_bytes() == 0);
+    CHECK(read_all(pager) == 1);
+    CHECK(m.model->rereads == 0);
+    CHECK(m.resident(1, 4));
+    check_accounts(pager, { &m });
+}
+
+TEST_CASE("a wrong guess that is whole before anybody looked stays until it is evicted, as waste") {
     TestModel m;
     Pager     pager(plenty);
     pager.add_model(m.model, 0);
@@ -284,10 +310,43 @@ TEST_CASE("a wrong guess that is being read is abandoned, and its room given bac
     };
     m.foresee(pager, 1, { 2 });
     REQUIRE(read_one(pager));
-    // slices are smaller than a piece here: it was whole before anybody looked, so it stays until it is evicted, as waste
     CHECK(m.model->wasted_bytes == 0);
     CHECK(pager.evict_all(*m.model) == 1);
     CHECK(m.model->wasted_bytes == m.tensor(1, 0).slice_bytes);
+    check_accounts(pager, { &m });
+}
+
+TEST_CASE("a guess that is being read when its layer chooses it is read by several threads from then on") {
+    TestModel m(Shape{ 1, 1, 4, five_pieces });
+    Pager     pager(plenty);
+    Walk      walk;
+    std::mutex                mutex;
+    std::set<std::thread::id> readers;
+    std::atomic<int>          n_begun{ 0 };
+    m.store->on_read = [&] {
+        const int n = ++n_begun;
+        if (n == 1) {
+            walk = begin(pager, m.tensor(0, 0), nullptr, { { 2 } });
+        } else {
+            {
+                std::lock_guard<std::mutex> lock(mutex);
+                readers.insert(std::this_thread::get_id());
+            }
+            for (int i = 0; i < 1000 && n_begun < 3; ++i) {  // until another is there, too
+                std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            }
+        }
+    };
+    pager.add_model(m.model, 3);
+    m.foresee(pager, 0, { 2 });
+    while (m.state(0, 0, 2) != State::resident) {
+        std::this_thread::yield();
+    }
+    CHECK(use(pager, m, *walk.op, 2));
+    CHECK(readers.size() >= 2);
+    CHECK(m.store->offsets().size() == 5);
+    CHECK(m.model->reads == 1);
+    CHECK(m.model->wasted_bytes == 0);
     check_accounts(pager, { &m });
 }
 
@@ -573,18 +632,28 @@ TEST_CASE("removing a model takes its reads out of the queue and leaves another'
     check_quiet(first);
 }
 
-TEST_CASE("removing a model waits for its read in flight") {
-    TestModel   m;
+TEST_CASE("removing a model waits for its read in flight, begins no more of it, and queues nothing for the model meanwhile") {
+    TestModel   m(Shape{ 2, 1, 4, five_pieces });
     Pager       pager(plenty);
     std::thread removing;
     pager.add_model(m.model, 0);
-    m.store->on_read = [&] { removing = std::thread([&] { pager.remove_model(*m.model); }); };
-    m.prefetch(pager, 1, 3);
+    m.store->on_read = [&] {
+        removing = std::thread([&] { pager.remove_model(*m.model); });
+        while (m.state(0, 0, 1) != State::absent) {  // until it has begun, and waits for this read
+            std::this_thread::yield();
+        }
+        CHECK(m.prefetch(pager, 0, 1) == 0);
+        CHECK(m.foresee(pager, 0, { 2 }) == 0);
+    };
+    begin(pager, m.tensor(1, 0), nullptr, { { 3 } });
+    m.prefetch(pager, 0, 1);
     pager.run_one_read();
     removing.join();
     CHECK(m.model->reads == 1);
+    CHECK(m.store->offsets().size() == 1);
     CHECK(pager.used_bytes() == 0);
     CHECK_FALSE(read_one(pager));
+    check_quiet(m);
 }
 
 TEST_CASE("a prefetch for a model that was removed queues nothing") {
@@ -607,6 +676,15 @@ TEST_CASE("a pager serves the next model after its last one was removed") {
         CHECK(pager.used_bytes() == 0);
     }
     CHECK(second.model->reads > 0);
+}
+
+TEST_CASE("a pager whose last model had no reading threads serves the next one") {
+    TestModel first, second;
+    Pager     pager(plenty);
+    pager.add_model(first.model, 0);
+    pager.remove_model(*first.model);
+    pager.add_model(second.model, 1);
+    CHECK(compute(pager, second, second.tensor(0, 0), nullptr, { { 0, 1 } }, 2).n_skipped == 0);
 }
 
 //
@@ -684,13 +762,12 @@ TEST_CASE("a failed read makes all threads skip, is reported once, and the next 
 }
 
 TEST_CASE("several threads read a slice's pieces; after one that failed no more are begun, and the slice's room is free again") {
-    const size_t slice_bytes = ((size_t) 9 << 19) + 96;  // five pieces
-    TestModel m(Shape{ 1, 1, 4, slice_bytes });
+    TestModel m(Shape{ 1, 1, 4, five_pieces });
     Pager     pager(plenty);
     pager.add_model(m.model, 3);
     const PagedTensor & tensor = m.tensor(0, 0);
     REQUIRE(tensor.n_pieces() == 5);
-    CHECK(tensor.piece_begin(4) + tensor.piece_length(4) == slice_bytes);
+    CHECK(tensor.piece_begin(4) + tensor.piece_length(4) == five_pieces);
 
     std::mutex                mutex;
     std::set<std::thread::id> readers;
@@ -713,7 +790,7 @@ TEST_CASE("several threads read a slice's pieces; after one that failed no more 
     CHECK(m.model->reads == 1);
     CHECK(m.store->offsets().size() == 5);
 
-    TestModel bad(Shape{ 1, 1, 4, slice_bytes });
+    TestModel bad(Shape{ 1, 1, 4, five_pieces });
     Pager     by_hand(plenty);
     by_hand.add_model(bad.model, 0);
     bad.store->bad_offset = tensor.slice_offset(2) + tensor.piece_begin(1);
@@ -844,11 +921,50 @@ TEST_CASE("many compute threads get through a working set above the budget at th
     }
 }
 
+TEST_CASE("a thread that waits for room gets it from threads that leave experts behind which others have not reached yet") {
+    TestModel m(Shape{ 1, 1 });
+    Pager     pager(slices(4));
+    pager.add_model(m.model, 1);
+    Walk walk = begin(pager, m.tensor(0, 0), nullptr, { { 0, 1, 2, 3 } }, 3);
+    const std::vector<int> & order = walk.order;
+    const auto through = [&](int from, int to) {  // of the order, staying inside the last one
+        for (int i = from; i <= to; ++i) {
+            CHECK(pager.begin_expert(*walk.op, order[i]));
+            if (i < to) {
+                pager.end_expert(*walk.op, order[i]);
+            }
+        }
+    };
+    through(0, 3);
+    through(0, 2);
+    through(0, 0);
+    std::thread shrinking([&] { CHECK(pager.set_budget(slices(2)) == SPAC_OK); });
+    while (m.state(0, 0, order[1]) != State::absent) {
+        std::this_thread::yield();
+    }
+    pager.end_expert(*walk.op, order[0]);
+    shrinking.join();
+    std::thread waiting([&] {
+        CHECK(pager.begin_expert(*walk.op, order[1]));
+        pager.end_expert(*walk.op, order[1]);
+        through(2, 3);
+        pager.end_expert(*walk.op, order[3]);
+    });
+    while (m.state(0, 0, order[1]) != State::queued) {
+        std::this_thread::yield();
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // until the reading thread has looked in vain
+    pager.end_expert(*walk.op, order[2]);
+    pager.end_expert(*walk.op, order[3]);
+    waiting.join();
+    check_accounts(pager, { &m });
+}
+
 // Several contexts decode at once, with several threads each, while budgets, prefetches, evictions, failures and cancels
 // come in between.
-static void stress(unsigned seed, int store, bool faults) {
+static void stress(unsigned seed, int store, bool faults, size_t slice_bytes) {
     CAPTURE(seed);
-    TestModel first(Shape{ 3, 3, 12, page_size() + 160, 4128, store }), second(Shape{ 2, 2, 6, page_size() / 2 + 32, 96, store });
+    TestModel first(Shape{ 3, 3, 12, slice_bytes, 4128, store }), second(Shape{ 2, 2, 6, page_size() / 2 + 32, 96, store });
     TestModel * models[] = { &first, &second };
     const uint64_t floor = std::max(first.model->floor_bytes(), second.model->floor_bytes()), most = 8 * floor;
     Pager pager(most);
@@ -908,14 +1024,15 @@ static void stress(unsigned seed, int store, bool faults) {
 
 TEST_CASE("under stress every expert that a thread is given holds the file's bytes") {
     for (unsigned seed = 1; seed <= 4; ++seed) {
-        stress(seed, SPAC_STORE_MOCK, false);
-        stress(seed, SPAC_STORE_AUTO, false);
+        stress(seed, SPAC_STORE_MOCK, false, page_size() + 160);
+        stress(seed, SPAC_STORE_AUTO, false, page_size() + 160);
     }
 }
 
 TEST_CASE("under stress failures and cancels stop only whom they concern, and leave nothing behind") {
     for (unsigned seed = 5; seed <= 8; ++seed) {
-        stress(seed, SPAC_STORE_MOCK, true);
-        stress(seed, SPAC_STORE_AUTO, true);
+        stress(seed, SPAC_STORE_MOCK, true, page_size() + 160);
+        stress(seed, SPAC_STORE_AUTO, true, page_size() + 160);
     }
+    stress(9, SPAC_STORE_MOCK, true, ((size_t) 1 << 20) + 160);  // of two pieces
 }

@@ -31,7 +31,7 @@ struct Slice {
     bool     was_read = false;
     bool     guess    = false;          // queued or being read because somebody foresees it
     bool     ahead    = false;          // was read because of a guess, and not used since
-    std::atomic<bool> abandoned{ false };  // the guess was wrong: whoever reads it may stop
+    bool     abandoned = false;         // the guess was wrong: whoever reads it may stop
     bool     retry    = false;          // being read since before the layer that needs it began: a failure is not that layer's
     int32_t  os_error = 0;              // why state is failed
     int32_t  n_begun  = 0;              // of its pieces, while state is reading: somebody reads or has read them
