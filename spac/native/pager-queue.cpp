@@ -88,7 +88,7 @@ bool Pager::take_job(Job & job) {
             slice.retry    = false;
             slice.os_error = 0;
             slice.n_begun  = 0;
-            slice.n_left   = job.tensor->n_pieces();
+            slice.n_inside = 0;
             ++(ahead ? n_reading_ahead_ : n_reading_);
             count_present(job.tensor->group->bundles[job.expert], 1);
             used_ += bytes;
@@ -112,6 +112,7 @@ bool Pager::take_piece(Job & job, int & piece) {
     }
     Slice & slice = job.tensor->slices[job.expert];
     piece = slice.n_begun++;
+    ++slice.n_inside;
     open_.reset();
     if ((!job.ahead() || slice.upcoming > 0) && slice.n_begun < job.tensor->n_pieces()) {
         open_ = job;
@@ -126,30 +127,32 @@ void Pager::read_piece(const Job & job, int piece, Lock & lock) {
     Slice &       slice  = tensor.slices[job.expert];
     while (true) {
         read(job, piece, lock);
-        const int  rest    = tensor.n_pieces() - slice.n_begun;
+        --slice.n_inside;
         const bool is_open = open_ && open_->tensor == &tensor && open_->expert == job.expert;
-        --slice.n_left;
-        if (rest > 0 && (slice.os_error != 0 || slice.abandoned)) {  // the rest is not worth reading
-            slice.n_left -= rest;
+        if (slice.os_error != 0 || slice.abandoned) {  // the rest is not worth reading
             if (is_open) {
                 open_.reset();
             }
-        } else if (rest > 0 && job.ahead() && !is_open) {
+        } else if (slice.n_begun < tensor.n_pieces()) {
+            if (!job.ahead() || is_open) {
+                return;
+            }
             if (slice.upcoming > 0 && !open_) {
                 open_ = job;
                 return;
             }
             piece = slice.n_begun++;
+            ++slice.n_inside;
             continue;
         }
-        if (slice.n_left == 0) {
+        if (slice.n_inside == 0) {
             finish_read(job);
         }
         return;
     }
 }
 
-// All of the slice's pieces are here, or what was begun of them.
+// All of the slice's pieces are here, or those that were begun.
 void Pager::finish_read(const Job & job) {
     PagedTensor & tensor = *job.tensor;
     Model &       model  = *tensor.model;

@@ -332,7 +332,7 @@ TEST_CASE("a guess that is being read when its layer chooses it is read by sever
                 std::lock_guard<std::mutex> lock(mutex);
                 readers.insert(std::this_thread::get_id());
             }
-            for (int i = 0; i < 1000 && n_begun < 3; ++i) {  // until another is there, too
+            for (int i = 0; i < 10000 && n_begun < 3; ++i) {  // until another is there, too
                 std::this_thread::sleep_for(std::chrono::milliseconds(1));
             }
         }
@@ -778,7 +778,7 @@ TEST_CASE("several threads read a slice's pieces; after one that failed no more 
             readers.insert(std::this_thread::get_id());
         }
         ++n_inside;
-        for (int i = 0; i < 1000 && n_inside < 2; ++i) {  // until another is there, too
+        for (int i = 0; i < 10000 && n_inside < 2; ++i) {  // until another is there, too
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
         }
     };
@@ -789,6 +789,26 @@ TEST_CASE("several threads read a slice's pieces; after one that failed no more 
     CHECK(readers.size() >= 2);
     CHECK(m.model->reads == 1);
     CHECK(m.store->offsets().size() == 5);
+
+    TestModel bad_for_some(Shape{ 1, 1, 4, five_pieces });
+    Pager     at_once(plenty);
+    n_inside = 0;
+    bad_for_some.store->bad_offset = tensor.slice_offset(2) + tensor.piece_begin(0);
+    bad_for_some.store->on_read    = [&] {
+        const bool first = ++n_inside == 1;
+        for (int i = 0; i < 10000 && (n_inside < 3 || (!first && bad_for_some.model->read_ns == 0)); ++i) {  // the others come back after it has failed
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    };
+    at_once.add_model(bad_for_some.model, 3);
+    begin(at_once, bad_for_some.tensor(0, 0), nullptr, { { 2 } });
+    while (bad_for_some.state(0, 0, 2) != State::failed) {
+        std::this_thread::yield();
+    }
+    at_once.remove_model(*bad_for_some.model);
+    CHECK(bad_for_some.store->offsets().size() == 3);
+    CHECK(bad_for_some.model->reads == 1);
+    CHECK(at_once.used_bytes() == 0);
 
     TestModel bad(Shape{ 1, 1, 4, five_pieces });
     Pager     by_hand(plenty);

@@ -35,7 +35,7 @@ struct Slice {
     bool     retry    = false;          // being read since before the layer that needs it began: a failure is not that layer's
     int32_t  os_error = 0;              // why state is failed
     int32_t  n_begun  = 0;              // of its pieces, while state is reading: somebody reads or has read them
-    int32_t  n_left   = 0;              // of its pieces: not there yet
+    int32_t  n_inside = 0;              // of these: not there yet
     // the place in the queue while state is queued
     int32_t  deadline = 0;
     double   rank     = 0;
