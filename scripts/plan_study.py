@@ -109,16 +109,22 @@ def predict(model: Path, profile: str, memory: int, prompt_tokens: int) -> dict[
     return found
 
 
-def ask(model: Path, name: str, memory: int, repeat: int) -> tuple[list[str], cgroups.Limits, dict[str, Any]]:
-    """A run's prompts, one of each kind, its limits, and what is predicted of it."""
+def cell(model: Path, name: str, memory: int, repeat: int) -> tuple[list[str], cgroups.Limits]:
+    """A run's prompts, one of each kind, and its limits."""
     every = prompts.load(())
     chosen = [every[(repeat * KINDS + i) % len(every)].text for i in range(KINDS)]
     size = model.stat().st_size
-    limit = size * memory // 100
     with tempfile.TemporaryDirectory() as folder:
-        profile = profile_file(name, Path(folder))
-        limits = dataclasses.replace(profiles.load(profile).limits(size), memory_bytes=limit)
-        return chosen, limits, predict(model, profile, limit, sum(len(text) for text in chosen) // KINDS // 4)
+        limits = profiles.load(profile_file(name, Path(folder))).limits(size)
+    return chosen, dataclasses.replace(limits, memory_bytes=size * memory // 100)
+
+
+def ask(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
+    """What is predicted of a run."""
+    chosen, limits = cell(model, name, memory, repeat)
+    assert limits.memory_bytes is not None
+    with tempfile.TemporaryDirectory() as folder:
+        return predict(model, profile_file(name, Path(folder)), limits.memory_bytes, sum(len(text) for text in chosen) // KINDS // 4)
 
 
 def ask_apart(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
@@ -129,7 +135,8 @@ def ask_apart(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any
 
 
 def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
-    chosen, limits, predicted = ask(model, name, memory, repeat)
+    chosen, limits = cell(model, name, memory, repeat)
+    predicted = ask_apart(model, name, memory, repeat)
     record: dict[str, Any] = {
         "model": model.name, "profile": name, "memory": memory, "repeat": repeat, "predicted": predicted,
         "limits": dataclasses.asdict(limits), "not_enforced": cgroups.unenforceable(limits, [model]), "machine": records.machine(),
@@ -264,8 +271,8 @@ def main() -> None:
     parser.add_argument("--ask", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ask:
-        path, *cell = json.loads(options.ask)
-        print(json.dumps(ask(Path(path), *cell)[2]))
+        path, *of = json.loads(options.ask)
+        print(json.dumps(ask(Path(path), *of)))
         return
     if options.worker:
         run_worker(json.loads(options.worker))
@@ -296,7 +303,7 @@ def main() -> None:
             model = next((model.resolve() for model in options.models if model.name == run["model"]), None)
             if model is None:
                 parser.error(f"{path}: its model, {run['model']}, was not given")
-            run["predicted"] = ask(model, run["profile"], run["memory"], run["repeat"])[2]
+            run["predicted"] = ask_apart(model, run["profile"], run["memory"], run["repeat"])
             for answer in run.get("answers", []):
                 answer.pop("predicted", None)
             path.write_text(json.dumps(run, separators=(",", ":")) + "\n")
