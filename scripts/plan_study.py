@@ -188,14 +188,13 @@ def report(folder: Path) -> str:
     for (model, profile, memory), found in sorted(cells.items(), key=lambda item: (item[0][0], PROFILES.index(item[0][1]), item[0][2])):
         every = [(answer, answer.get("predicted", run["predicted"])) for run in found for answer in run.get("answers", [])]
         answers = [(answer, predicted) for answer, predicted in every if predicted["fits"]]
-        wrong += len(every) - len(answers)
-        fits = found[0]["predicted"]["fits"]
         label = f"| {model} | {profile} | {memory} % | {len(answers)} |"
-        if not answers or not fits:
-            agree = not answers and not fits
-            wrong += not agree
-            lines.append(f"{label} {'runs' if answers else 'does not fit'} | {'fits' if fits else 'does not fit'} | | {'' if agree else 'WRONG'} | | | | |")
+        if not answers:
+            fits = found[0]["predicted"]["fits"]
+            wrong += bool(every) or fits
+            lines.append(f"{label} {'runs' if every else 'does not fit'} | {'fits' if fits else 'does not fit'} | | {'WRONG' if every or fits else ''} | | | | |")
             continue
+        wrong += len(every) - len(answers)
         rate = statistics.median(answer["tokens_per_s"] for answer, _ in answers)
         expected = statistics.median(p["decode_tokens_per_s"] for _, p in answers)
         low, high = (statistics.median(p["decode_interval"][i] for _, p in answers) for i in (0, 1))
