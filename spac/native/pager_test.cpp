@@ -790,24 +790,24 @@ TEST_CASE("several threads read a slice's pieces; after one that failed no more 
     CHECK(m.model->reads == 1);
     CHECK(m.store->offsets().size() == 5);
 
-    TestModel bad_for_some(Shape{ 1, 1, 4, five_pieces });
+    TestModel all_bad(Shape{ 1, 1, 4, five_pieces });
     Pager     at_once(plenty);
     n_inside = 0;
-    bad_for_some.store->bad_offset = tensor.slice_offset(2) + tensor.piece_begin(0);
-    bad_for_some.store->on_read    = [&] {
-        const bool first = ++n_inside == 1;
-        for (int i = 0; i < 10000 && (n_inside < 3 || (!first && bad_for_some.model->read_ns == 0)); ++i) {  // the others come back after it has failed
+    all_bad.store->bad_every = 1;
+    all_bad.store->on_read   = [&] {
+        ++n_inside;
+        for (int i = 0; i < 10000 && n_inside < 3; ++i) {  // until all are there
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
         }
     };
-    at_once.add_model(bad_for_some.model, 3);
-    begin(at_once, bad_for_some.tensor(0, 0), nullptr, { { 2 } });
-    while (bad_for_some.state(0, 0, 2) != State::failed) {
+    at_once.add_model(all_bad.model, 3);
+    begin(at_once, all_bad.tensor(0, 0), nullptr, { { 2 } });
+    while (all_bad.state(0, 0, 2) != State::failed) {
         std::this_thread::yield();
     }
-    at_once.remove_model(*bad_for_some.model);
-    CHECK(bad_for_some.store->offsets().size() == 3);
-    CHECK(bad_for_some.model->reads == 1);
+    at_once.remove_model(*all_bad.model);
+    CHECK(all_bad.store->offsets().size() == 3);
+    CHECK(all_bad.model->reads == 1);
     CHECK(at_once.used_bytes() == 0);
 
     TestModel bad(Shape{ 1, 1, 4, five_pieces });
