@@ -2,7 +2,7 @@
 """The bundled model's own text with its probabilities, for its draft to learn from.
 
     scripts/train_demo.py corpus WORK                      # first: what the model was trained on
-    .venv/bin/python scripts/sample_demo.py WORK           # writes WORK/samples.npz, in about twelve minutes of two cores
+    .venv/bin/python scripts/sample_demo.py WORK           # writes WORK/samples.npz, in about ten minutes of two cores
 
 A draft is asked what the target will write, which is not quite what people wrote. Each sequence begins as a document or a question of the
 training text does and goes on with the target's own words, half of them sampled at temperature 0.6, half at 0.8, never a token

@@ -647,7 +647,7 @@ def write_card(parts: dict[str, Any]) -> None:
         accepted=refined[-1]["after"]["documents"] if refined else evaluation["draft_greedy_agreement"],
         refined="" if not refined else REFINED.format(
             seed=refined[0]["seed"], runs=len(refined), steps=sum(r["steps"] for r in refined), minutes=sum(r["minutes"] for r in refined),
-            tokens=refined[0]["sequences"] * c["sequence"], before_own=refined[0]["before"]["own_text"], after_own=refined[-1]["after"]["own_text"],
+            tokens=refined[-1]["sequences"] * c["sequence"], before_own=refined[0]["before"]["own_text"], after_own=refined[-1]["after"]["own_text"],
             before_documents=refined[0]["before"]["documents"], after_documents=refined[-1]["after"]["documents"],
         ),
         target_loss=evaluation["held_out_loss"]["target"], draft_loss=evaluation["held_out_loss"]["draft"], top=use.max(),
