@@ -359,9 +359,9 @@ def test_cancel_stops_a_decode(model_path: Path) -> None:
 def test_a_load_that_is_cancelled_leaves_no_model_behind(model_path: Path) -> None:
     def n_open() -> int:
         n = 0
-        for entry in os.listdir("/proc/self/fd"):
+        for entry in Path("/proc/self/fd").iterdir():
             with contextlib.suppress(OSError):
-                n += os.readlink(f"/proc/self/fd/{entry}") == str(model_path.resolve())
+                n += entry.readlink() == model_path.resolve()
         return n
 
     before = n_open()

@@ -85,15 +85,16 @@ def markdown(found: Sequence[Record]) -> str:
 
 def heading(found: Sequence[Record]) -> str:
     """What was measured on what."""
-    first = min(found, key=lambda record: record["time"])
-    commits = dict.fromkeys(record["commit"] or "unknown" for record in sorted(found, key=lambda record: record["time"]))
+    in_turn = sorted(found, key=lambda record: record["time"])
+    first, last = in_turn[0], in_turn[-1]
+    commits = dict.fromkeys(record["commit"] or "unknown" for record in in_turn)
     machine, model = first["machine"], first["model"]
     board = f"{machine['board']}, " if machine.get("board") else ""
     profile = first.get("profile") or {}
     lines = [
         f"- model: {model['name']}, {format_bytes(model['bytes'])}; threads: {first['threads']}",
         f"- machine: {board}{machine['cpu']}, {machine['cores']} cores, {format_bytes(machine['memory_bytes'])}, Linux {machine['kernel']}",
-        f"- spac {first['versions'].get('spac', '')}, commit {', '.join(commits)}; {first['time']} to {max(record['time'] for record in found)}",
+        f"- spac {first['versions'].get('spac', '')}, commit {', '.join(commits)}; {first['time']} to {last['time']}",
     ]
     if profile.get("name"):
         lines.append(f"- profile: {profile['name']}, {profile['title']}")
