@@ -87,12 +87,10 @@ void Pager::add_model(std::shared_ptr<Model> model, int n_io_threads) {
 void Pager::remove_model(Model & model) {
     Lock setup(setup_mutex_);
     std::vector<std::thread> retired;
-    std::shared_ptr<Model>   kept;
     {
         Lock lock(mutex_);
-        const auto at = std::find_if(models_.begin(), models_.end(), [&](const auto & m) { return m.get() == &model; });
-        kept = std::move(*at);
-        models_.erase(at);  // nobody queues anything for it any more
+        // nobody queues anything for it any more
+        models_.erase(std::remove_if(models_.begin(), models_.end(), [&](const auto & m) { return m.get() == &model; }), models_.end());
         for (spac_context * context : contexts_) {
             if (context->visit.group && context->visit.group->parts[0]->model == &model) {
                 end_visit(*context);
