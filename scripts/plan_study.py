@@ -8,8 +8,8 @@
     .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 8.59   # docs/benchmarks/plan/time-model.md
 
 Each answer, to one of the benchmark's prompts of each kind, is a process of its own in a profile's limits, sampled with a penalty on
-repetition. Predicted just before it, as `spac plan` would: by the header, the limit, what `spac tune` measured and how fast the disk is now. Runs that are
-there already are kept.
+repetition. Predicted as `spac plan` would: by the header, the limit, what `spac tune` measured and how fast the disk is now; just before the answer and
+just after it, since a disk changes meanwhile. Runs that are there already are kept.
 
 `--time-model` tries the time model alone: runs of scripts/measure_paging.py, with the misses that they had instead of those of the curve,
 and with their own reads and compute times; `--repack` is what `spac tune` says of Q4_0 (billions of weights a second).
@@ -150,7 +150,6 @@ def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
     others_s, wall_s = 0.0, 0.0
     record |= {"tokens": tokens, "answers": []}
     for prompt in chosen:
-        now = ask_apart(model, name, memory, repeat)
         command = [sys.executable, __file__, "--worker", json.dumps({**config, "prompt": prompt})]
         busy_s, begin = machine_busy_s(), time.monotonic()
         run = cgroups.run_limited(command, **enforced, measure=True, files=[model])
@@ -159,7 +158,8 @@ def measure(model: Path, name: str, memory: int, repeat: int) -> dict[str, Any]:
         if run.returncode != 0:
             lines = run.stderr.strip().splitlines() or ["killed at the memory limit" if run.oom_killed else "no message"]
             return {**record, "error": lines[-1]}
-        record["answers"].append({**json.loads(run.stdout.splitlines()[-1]), "predicted": now})
+        before, predicted = predicted, ask_apart(model, name, memory, repeat)
+        record["answers"].append({**json.loads(run.stdout.splitlines()[-1]), "predicted": before, "after": predicted})
     return {**record, "others_share": round(others_s / wall_s / record["machine"]["cores"], 3)}
 
 
@@ -167,6 +167,17 @@ def machine_busy_s() -> float:
     """Seconds that all processors have computed for programs, since the machine's start (proc_stat(5))."""
     fields = [int(text) for text in Path("/proc/stat").read_text().split(maxsplit=5)[1:5]]
     return (fields[0] + fields[1] + fields[2]) / os.sysconf("SC_CLK_TCK")
+
+
+def around(answer: dict[str, Any]) -> dict[str, Any]:
+    """What was predicted of an answer, before it and after it: of two speeds that of the mean time."""
+    before: dict[str, Any] = answer["predicted"]
+    after: dict[str, Any] = answer.get("after", before)
+    if not (before["fits"] and after["fits"]):
+        return {**before, "fits": False}
+    interval = [statistics.harmonic_mean(ends) for ends in zip(before["decode_interval"], after["decode_interval"], strict=True)]
+    rate = statistics.harmonic_mean([before["decode_tokens_per_s"], after["decode_tokens_per_s"]])
+    return {**before, "decode_tokens_per_s": rate, "decode_interval": interval}
 
 
 def report(folder: Path) -> str:
@@ -180,23 +191,25 @@ def report(folder: Path) -> str:
         f"- machine: {first['machine']['cpu']}, {first['machine']['cores']} cores; {min(r['time'] for r in runs)} to {max(r['time'] for r in runs)}",
         "- command: `.venv/bin/python scripts/plan_study.py`, which says how; the table again: `--report`",
         "- measured: median of cold answers, each to another prompt; *inside*: answers within the predicted interval; misses: for each routed expert",
+        "- predicted: for each answer just before it and just after it, the mean time of both; *before only*: off by so much without the later one",
         f"- *others*: processor time that other programs took, of all there was; above {DISTURBED:.0%} a row does not count: delete its runs to have them again\n",
-        "| model | profile | memory | answers | measured, tokens/s | predicted | interval | off by | inside | misses, run / predicted | MB a token, run / predicted | others |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | profile | memory | answers | measured, tokens/s | predicted | interval | off by | before only | inside | misses, run / predicted | MB a token, run / predicted | others |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     errors, inside, total, wrong = [], 0, 0, 0
     for (model, profile, memory), found in sorted(cells.items(), key=lambda item: (item[0][0], PROFILES.index(item[0][1]), item[0][2])):
-        every = [(answer, answer.get("predicted", run["predicted"])) for run in found for answer in run.get("answers", [])]
+        every = [(answer, around(answer)) for run in found for answer in run.get("answers", [])]
         answers = [(answer, predicted) for answer, predicted in every if predicted["fits"]]
         label = f"| {model} | {profile} | {memory} % | {len(answers)} |"
         if not answers:
             fits = found[0]["predicted"]["fits"]
             wrong += bool(every) or fits
-            lines.append(f"{label} {'runs' if every else 'does not fit'} | {'fits' if fits else 'does not fit'} | | {'WRONG' if every or fits else ''} | | | | |")
+            lines.append(f"{label} {'runs' if every else 'does not fit'} | {'fits' if fits else 'does not fit'} | | {'WRONG' if every or fits else ''} | | | | | |")
             continue
         wrong += len(every) - len(answers)
         rate = statistics.median(answer["tokens_per_s"] for answer, _ in answers)
         expected = statistics.median(p["decode_tokens_per_s"] for _, p in answers)
+        earlier = statistics.median(answer["predicted"]["decode_tokens_per_s"] for answer, _ in answers)
         low, high = (statistics.median(p["decode_interval"][i] for _, p in answers) for i in (0, 1))
         within = sum(p["decode_interval"][0] <= answer["tokens_per_s"] <= p["decode_interval"][1] for answer, p in answers)
         others = statistics.median(run["others_share"] for run in found)
@@ -209,7 +222,7 @@ def report(folder: Path) -> str:
             misses = f"{missed:.3f} / {statistics.median(p['miss_rate'] for _, p in answers):.3f}"
             run_bytes = statistics.median(answer["read_bytes_per_token"] for answer, _ in answers)
             n_bytes = f"{run_bytes / 1e6:.1f} / {statistics.median(p['read_bytes_per_token'] for _, p in answers) / 1e6:.1f}"
-        lines.append(f"{label} {rate:.2f} | {expected:.2f} | {low:.2f} to {high:.2f} | {expected / rate - 1:+.1%} | {within} of {len(answers)} | {misses} | {n_bytes} | {others:.0%} |")
+        lines.append(f"{label} {rate:.2f} | {expected:.2f} | {low:.2f} to {high:.2f} | {expected / rate - 1:+.1%} | {earlier / rate - 1:+.1%} | {within} of {len(answers)} | {misses} | {n_bytes} | {others:.0%} |")
     if errors:
         lines += [
             "", f"With limited reads, undisturbed: within {AIM:.0%} in {sum(e <= AIM for e in errors)} of {len(errors)} cells, largest error {max(errors):.1%};"
@@ -304,7 +317,7 @@ def main() -> None:
                 parser.error(f"{path}: its model, {run['model']}, was not given")
             run["predicted"] = ask_apart(model, run["profile"], run["memory"], run["repeat"])
             for answer in run.get("answers", []):
-                answer.pop("predicted", None)
+                answer["predicted"] = answer["after"] = run["predicted"]
             path.write_text(json.dumps(run, separators=(",", ":")) + "\n")
     text = report(folder)
     (folder / "table.md").write_text(text)

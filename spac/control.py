@@ -212,6 +212,23 @@ class Reads(ctypes.Structure):
     )
 
 
+# typedef struct spac_visits { uint64_t struct_size; const char * path; uint64_t slice_bytes; int32_t n_missing, n_visits, n_threads,
+#                              n_io_threads, store, reserved; double * seconds; } spac_visits;
+class Visits(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        ("path", ctypes.c_char_p),
+        ("slice_bytes", ctypes.c_uint64),
+        ("n_missing", ctypes.c_int32),
+        ("n_visits", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+        ("n_io_threads", ctypes.c_int32),
+        ("store", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("seconds", ctypes.c_void_p),
+    )
+
+
 # typedef struct spac_products { uint64_t struct_size; int64_t n_columns, n_rows; int32_t type, n_experts, n_tokens, n_threads, n_ops,
 #                                repack, repacked, reserved; double min_s, seconds, repack_s; } spac_products;
 class Products(ctypes.Structure):
@@ -447,6 +464,11 @@ def spac_stores_probe(path: bytes, probe: Any, /) -> int: ...
 def spac_reads_measure(test: Any, /) -> int: ...
 
 
+# int spac_visits_measure(spac_visits * test);
+@_function("spac_visits_measure", [ctypes.POINTER(Visits)], ctypes.c_int)
+def spac_visits_measure(test: Any, /) -> int: ...
+
+
 # int spac_products_measure(spac_products * test);
 @_function("spac_products_measure", [ctypes.POINTER(Products)], ctypes.c_int)
 def spac_products_measure(test: Any, /) -> int: ...
@@ -672,6 +694,20 @@ def reads_measure(
     raw = Reads(ctypes.sizeof(Reads), os.fsencode(path), at.ctypes.data, sizes.ctypes.data, len(at), depth, STORES[store], into)
     check(spac_reads_measure(ctypes.byref(raw)))
     return float(raw.seconds)
+
+
+def visits_measure(path: str, slice_bytes: int, *, n_missing: int, n_visits: int, n_threads: int, store: str = "auto") -> list[float]:
+    """Seconds of each of some visits of a layer by the pager, all of whose experts are missing: see spac_visits in spac.h.
+
+    Raises:
+        ModelFileError: the file cannot be read, or not with this store.
+        OptionError: the file is smaller than three such visits.
+    """
+    seconds = np.zeros(n_visits)
+    counts = (n_missing, n_visits, n_threads, IO_THREADS)
+    raw = Visits(ctypes.sizeof(Visits), os.fsencode(path), slice_bytes, *counts, STORES[store], 0, seconds.ctypes.data)
+    check(spac_visits_measure(ctypes.byref(raw)))
+    return [float(s) for s in seconds]
 
 
 def products_measure(

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,9 +46,12 @@ BATCHES: Final = (1, 4, 16, 64)
 SCRATCH_BYTES: Final = 256 * MIB
 PROBE_SCRATCH_BYTES: Final = 64 * MIB
 CELL_S: Final = 0.1  # for one size and depth
+VISITS_S: Final = 2.0  # for visits of layers
 NOW_S: Final = 0.3  # for reads before a plan
 SLOW: Final = 30  # times as long as was meant: no more batches
 ROUNDS: Final = 3  # in which reads are measured, products between them: disks are not equally fast from second to second
+VISIT_SLICE: Final = 1 * MIB  # of an expert, in a visit of a layer that misses VISIT_MISSING of them
+VISIT_MISSING: Final = 2
 PRODUCT_SHAPE: Final = (2048, 768)  # columns and rows of an expert's matrix, as in models of 30 billion parameters
 PRODUCT_BYTES: Final = 64 * MIB  # more than caches hold
 
@@ -95,6 +99,8 @@ class Device:
         repack: weights by second that one thread rearranges for faster kernels, by type; absent: the type stays as it is.
         op_s: of an op of the graph that computes next to nothing.
         wakeup_s: until a sleeping thread goes on.
+        visit_s: what a layer that misses experts waits besides its reads and one such wake-up: reading threads begin one after another,
+            take room from what is evicted, and share the processors with the compute threads.
         memory_bytes_per_s: reading memory, all threads.
         quick: by `probe`.
         measured: when, local time.
@@ -115,6 +121,7 @@ class Device:
     quick: bool = False
     measured: str = ""
     took_s: float = field(default=0.0, compare=False)
+    visit_s: float = 0.0
 
     @property
     def store(self) -> str:
@@ -169,6 +176,7 @@ def measure(path: Path, *, n_threads: int, progress: Callable[[str], None] | Non
     stores = list(STORES)
     products: list[ProductRow] = []
     repack: dict[str, float] = {}
+    wakeup_s = control.wakeup_measure(200)
     with readable(path, SCRATCH_BYTES) as file:
         reads = {store: ReadTimes(file, store, SIZES, DEPTHS) for store in STORES}
         for i in range(ROUNDS):
@@ -184,10 +192,12 @@ def measure(path: Path, *, n_threads: int, progress: Callable[[str], None] | Non
             for name in TYPES[len(TYPES) * i // ROUNDS : len(TYPES) * (i + 1) // ROUNDS]:
                 say(f"products of {name}")
                 measure_type(name, BATCHES, n_threads, products, repack)
+        say("visits of layers")
+        visit_s = measure_visit(file, stores[0], n_threads, wakeup_s, VISITS_S)
     say("memory and threads")
     return Device(
         **identity(path), threads=n_threads, reads=tuple(row for store in stores for row in reads[store].rows()),
-        products=tuple(products), repack=repack, op_s=measure_op(n_threads), wakeup_s=control.wakeup_measure(200),
+        products=tuple(products), repack=repack, op_s=measure_op(n_threads), wakeup_s=wakeup_s, visit_s=visit_s,
         memory_bytes_per_s=control.bandwidth_measure(128 * MIB, n_threads),
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
@@ -202,11 +212,13 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
     from spac import control
 
     begin = time.perf_counter()
+    wakeup_s = control.wakeup_measure(20)
     size = min(max(read_bytes // (4 * KIB) * 4 * KIB, SIZES[0]), SIZES[-1])
     with readable(path, PROBE_SCRATCH_BYTES) as file:
         for store in STORES:
             try:
                 reads = read_rows(file, store, [size], (1, 3, 6), CELL_S / 2)
+                visit_s = measure_visit(file, store, n_threads, wakeup_s, CELL_S)
                 break
             except ModelFileError:
                 if store == STORES[-1]:
@@ -217,7 +229,7 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
         measure_type(name, (1, 32), n_threads, products, repack, CELL_S / 4)
     return Device(
         **identity(path), threads=n_threads, reads=tuple(reads), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
-        wakeup_s=control.wakeup_measure(20), memory_bytes_per_s=control.bandwidth_measure(64 * MIB, n_threads), quick=True,
+        wakeup_s=wakeup_s, visit_s=visit_s, memory_bytes_per_s=control.bandwidth_measure(64 * MIB, n_threads), quick=True,
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
 
@@ -283,14 +295,22 @@ class ReadTimes:
         Raises:
             ModelFileError: the file cannot be read, or not with this store.
         """
-        from spac import control
-
         end, times = time.perf_counter() + seconds, self._times[size, depth]
         while sum(times) < SLOW * seconds:
-            places = list(itertools.islice(self._places[size, depth], depth))
-            times.append(control.reads_measure(self._file, places, [size] * depth, depth=depth, store=self._store))
+            times.append(self.once(size, depth))
             if time.perf_counter() >= end:
                 break
+
+    def once(self, size: int, depth: int) -> float:
+        """Seconds of one batch, which counts for no row.
+
+        Raises:
+            ModelFileError: the file cannot be read, or not with this store.
+        """
+        from spac import control
+
+        places = list(itertools.islice(self._places[size, depth], depth))
+        return control.reads_measure(self._file, places, [size] * depth, depth=depth, store=self._store)
 
     def rows(self) -> list[ReadRow]:
         """What came out."""
@@ -300,6 +320,29 @@ class ReadTimes:
         tenth = len(times) // 10
         usual = times[tenth : len(times) - tenth]
         return ReadRow(self._store, size, depth, sum(usual) / len(usual), usual[0], usual[-1])
+
+
+def measure_visit(file: Path, store: str, n_threads: int, wakeup_s: float, seconds: float) -> float:
+    """`Device.visit_s`: visits and the same bytes as bare reads in turn, for about so long, once at least; the median difference.
+
+    A pager's first visit finds room without evicting, and does not count.
+
+    Raises:
+        ModelFileError: the file cannot be read, or not with this store.
+    """
+    from spac import control
+    from spac.trace.timing import PARTS, READS_IN_FLIGHT
+
+    size = VISIT_SLICE * PARTS * VISIT_MISSING // READS_IN_FLIGHT
+    bare = ReadTimes(file, store, [size], [READS_IN_FLIGHT])
+    if file.stat().st_size < 3 * VISIT_SLICE * PARTS * VISIT_MISSING or not bare.cells:
+        return 0.0  # too small to visit, or no memory for it
+    end = time.perf_counter() + seconds
+    found: list[float] = []
+    while not found or time.perf_counter() < end:
+        _, *visits = control.visits_measure(str(file), VISIT_SLICE, n_missing=VISIT_MISSING, n_visits=4, n_threads=n_threads, store=store)
+        found.append(statistics.mean(visits) - statistics.mean(bare.once(size, READS_IN_FLIGHT) for _ in visits))
+    return max(0.0, statistics.median(found) - wakeup_s)
 
 
 def measure_type(
@@ -480,6 +523,8 @@ def _parse(values: dict[str, Any]) -> Device:
     numbers += [n for product in products for n in (product.n_tokens, product.weights_per_s)]
     if not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < math.inf for n in numbers):
         raise ValueError("numbers")
+    if not isinstance(device.visit_s, int | float) or isinstance(device.visit_s, bool) or not 0 <= device.visit_s < math.inf:
+        raise ValueError("visit_s")
     texts = [device.cpu, device.disk, device.build, device.measured, *(row.store for row in reads)]
     if not all(isinstance(text, str) for text in texts) or not {row.type for row in products} <= set(_TYPES):
         raise ValueError("texts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from spac import control, device
-from spac.errors import SpacError
+from spac.errors import ModelFileError, OptionError, SpacError
 from tests.devices import RATE, make_device
 
 
@@ -52,6 +53,9 @@ def change(**values: Any) -> Callable[[dict[str, Any]], Any]:
         change(products=[]),
         change(products=[{"type": "Q99", "n_tokens": 1, "weights_per_s": 1.0}]),
         change(repack=7),
+        change(visit_s=-1e-3),
+        change(visit_s=float("inf")),
+        change(visit_s=True),
         change(surprise=1),
         lambda found: {key: value for key, value in found.items() if key != "disk"},
         lambda found: [found],
@@ -147,6 +151,30 @@ def test_reads_now(model_path: Path, monkeypatch: pytest.MonkeyPatch, slower: fl
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("store", ["direct", "buffered"])
+def test_visits_of_a_layer(store: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3 << 20))
+    seconds = control.visits_measure(str(path), 100_000, n_missing=3, n_visits=5, n_threads=2, store=store)
+    assert len(seconds) == 5 and min(seconds) > 0
+    with pytest.raises(OptionError, match="too small"):
+        control.visits_measure(str(path), 1 << 20, n_missing=1, n_visits=1, n_threads=1, store=store)
+    with pytest.raises(ModelFileError, match="cannot be read"):
+        control.visits_measure(str(tmp_path / "none"), 4096, n_missing=1, n_visits=1, n_threads=1, store=store)
+    assert device.measure_visit(path, store, 1, 1e-5, 0.0) == 0.0, "too small for its visits"
+
+
+@pytest.mark.parametrize("slower", [0.002, 0.0])
+def test_a_visit_is_what_it_takes_besides_its_reads(slower: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(64 << 20)  # nobody reads it
+    bare_s = 0.01
+    monkeypatch.setattr(control, "reads_measure", lambda *_, **__: bare_s)
+    monkeypatch.setattr(control, "visits_measure", lambda *_, n_visits, **__: [1.0] + [bare_s + slower] * (n_visits - 1))
+    assert device.measure_visit(path, "direct", 2, 0.0005, 0.0) == pytest.approx(max(0.0, slower - 0.0005))
+
+
 def test_where_nothing_can_be_measured(tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"x")
     with pytest.raises(SpacError, match="too small"):

@@ -61,6 +61,33 @@ TEST_CASE("reads that cannot be are refused") {
     CHECK(spac_reads_measure(nullptr) == SPAC_E_ARGUMENT);
 }
 
+TEST_CASE("visits of a layer are timed with both stores, slices of any size") {
+    TempFile temp(4 << 20);
+    for (int store : { SPAC_STORE_AUTO, SPAC_STORE_BUFFERED }) {
+        for (uint64_t slice_bytes : { 1000, 65536, 100000 }) {
+            double      seconds[12] = {};
+            spac_visits test{};
+            test.struct_size  = sizeof test;
+            test.path         = temp.path.c_str();
+            test.slice_bytes  = slice_bytes;
+            test.n_missing    = 4;
+            test.n_visits     = 12;
+            test.n_threads    = 2;
+            test.n_io_threads = 3;
+            test.store        = store;
+            test.seconds      = seconds;
+            CAPTURE(slice_bytes);
+            CHECK(spac_visits_measure(&test) == SPAC_OK);
+            CHECK(*std::min_element(seconds, seconds + 12) > 0);
+            test.slice_bytes = 4 << 20;
+            CHECK(spac_visits_measure(&test) == SPAC_E_ARGUMENT);
+            test.n_threads = 0;
+            CHECK(spac_visits_measure(&test) == SPAC_E_ARGUMENT);
+        }
+    }
+    CHECK(spac_visits_measure(nullptr) == SPAC_E_ARGUMENT);
+}
+
 TEST_CASE("products are timed for types with and without another layout") {
     REQUIRE(spac_init() == SPAC_OK);  // the CPU backend may be a module
     for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q6_K, GGML_TYPE_IQ2_XXS, GGML_TYPE_F16 }) {

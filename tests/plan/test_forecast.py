@@ -81,6 +81,14 @@ def test_a_slower_machine_is_never_faster() -> None:
     assert decode_s(WORK, FREE, 0.3, FREE.reads(), attention_s=0.01) == pytest.approx(base + 0.01)
 
 
+def test_each_layer_that_misses_something_is_visited() -> None:
+    device = make_device(wakeup_s=1e-9, repack={}, visit_s=1e-3)
+    machine = Machine(device, Limits())
+    for miss in (0.0, 0.3, 1.0):
+        expected = decode_s(WORK, FREE, miss, FREE.reads()) + 20 * (1 - (1 - miss) ** 4) * 1e-3
+        assert decode_s(WORK, machine, miss, machine.reads()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_prompt_reads_each_expert_once_for_a_ubatch() -> None:
     plan = make_plan(3 * GIB, 60 * MIB, SIZES, paging="auto", n_ctx=4096)
     slow = Machine(FREE.device, Limits(read_bytes_per_s=100_000_000))

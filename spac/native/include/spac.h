@@ -236,6 +236,20 @@ typedef struct spac_reads {
     double           seconds;    // result: from the first one's start to the last one's end; threads and memory are made before
 } spac_reads;
 
+// Visits of a layer by the pager, of which the experts are missing: demanded, read and left, in three slices each; nothing is computed
+typedef struct spac_visits {
+    uint64_t     struct_size;
+    const char * path;          // a file of anything, at least three times as large as what a visit reads
+    uint64_t     slice_bytes;
+    int32_t      n_missing;     // experts of a visit
+    int32_t      n_visits;
+    int32_t      n_threads;     // that compute
+    int32_t      n_io_threads;
+    int32_t      store;         // SPAC_STORE_*
+    int32_t      reserved;      // 0
+    double *     seconds;       // result: [n_visits]
+} spac_visits;
+
 // Products of n_tokens tokens with each of n_experts experts (MUL_MAT_ID), on the CPU backend
 typedef struct spac_products {
     uint64_t struct_size;
@@ -321,6 +335,7 @@ SPAC_API int spac_memory_measure(const char * path, const void * model_params, c
 // -- what the device gives --
 SPAC_API int spac_stores_probe(const char * path, spac_probe * probe);  // path: a file that is not empty
 SPAC_API int spac_reads_measure(spac_reads * test);
+SPAC_API int spac_visits_measure(spac_visits * test);
 SPAC_API int spac_products_measure(spac_products * test);
 SPAC_API int spac_wakeup_measure(int n, double * seconds);  // from a notification to a sleeping thread's going on: median of n
 SPAC_API int spac_bandwidth_measure(uint64_t n_bytes, int n_threads, double * bytes_per_s);  // of reading that much memory
