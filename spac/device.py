@@ -47,7 +47,7 @@ SCRATCH_BYTES: Final = 256 * MIB
 PROBE_SCRATCH_BYTES: Final = 64 * MIB
 CELL_S: Final = 0.1  # for one size and depth
 VISITS_S: Final = 2.0  # for visits of layers
-NOW_S: Final = 0.3  # for reads before a plan
+NOW_S: Final = 0.3  # for reads before a plan, and for visits
 SLOW: Final = 30  # times as long as was meant: no more batches
 ROUNDS: Final = 3  # in which reads are measured, products between them: disks are not equally fast from second to second
 VISIT_SLICE: Final = 1 * MIB  # of an expert, in a visit of a layer that misses VISIT_MISSING of them
@@ -193,7 +193,7 @@ def measure(path: Path, *, n_threads: int, progress: Callable[[str], None] | Non
                 say(f"products of {name}")
                 measure_type(name, BATCHES, n_threads, products, repack)
         say("visits of layers")
-        visit_s = measure_visit(file, stores[0], n_threads, wakeup_s, VISITS_S)
+        visit_s = measure_visit(file, stores[0], n_threads, wakeup_s, VISITS_S) or 0.0
     say("memory and threads")
     return Device(
         **identity(path), threads=n_threads, reads=tuple(row for store in stores for row in reads[store].rows()),
@@ -218,7 +218,7 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
         for store in STORES:
             try:
                 reads = read_rows(file, store, [size], (1, 3, 6), CELL_S / 2)
-                visit_s = measure_visit(file, store, n_threads, wakeup_s, CELL_S)
+                visit_s = measure_visit(file, store, n_threads, wakeup_s, CELL_S) or 0.0
                 break
             except ModelFileError:
                 if store == STORES[-1]:
@@ -235,7 +235,7 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
 
 
 def with_reads_now(found: Device, file: Path, read_bytes: int) -> Device:
-    """The same device, its reads as fast as they are now: disks are not equally fast from hour to hour.
+    """The same device, its reads and visits as fast as they are now: disks are not equally fast from hour to hour.
 
     Reads of about so many bytes are measured for a moment, and all reads of that store are taken to have changed by as much. Their
     interval holds what was measured before, too.
@@ -254,7 +254,9 @@ def with_reads_now(found: Device, file: Path, read_bytes: int) -> Device:
         fast, slow = min(row.fast_s, row.fast_s * factor), max(row.slow_s, row.slow_s * factor)
         return dataclasses.replace(row, seconds=row.seconds * factor, fast_s=fast, slow_s=slow) if row.store == found.store else row
 
-    return dataclasses.replace(found, reads=tuple(changed(row) for row in found.reads))
+    visit_s = measure_visit(file, row.store, found.threads, found.wakeup_s, NOW_S)
+    reads = tuple(changed(row) for row in found.reads)
+    return dataclasses.replace(found, reads=reads, visit_s=found.visit_s if visit_s is None else visit_s)
 
 
 def read_rows(file: Path, store: str, sizes: Sequence[int], depths: Sequence[int], cell_s: float) -> list[ReadRow]:
@@ -322,8 +324,10 @@ class ReadTimes:
         return ReadRow(self._store, size, depth, sum(usual) / len(usual), usual[0], usual[-1])
 
 
-def measure_visit(file: Path, store: str, n_threads: int, wakeup_s: float, seconds: float) -> float:
+def measure_visit(file: Path, store: str, n_threads: int, wakeup_s: float, seconds: float) -> float | None:
     """`Device.visit_s`: visits and the same bytes as bare reads in turn, for about so long, once at least; the median difference.
+
+    None if the file is too small to visit, or there is no memory for it.
 
     A pager's first visit finds room without evicting, and does not count.
 
@@ -336,7 +340,7 @@ def measure_visit(file: Path, store: str, n_threads: int, wakeup_s: float, secon
     size = VISIT_SLICE * PARTS * VISIT_MISSING // READS_IN_FLIGHT
     bare = ReadTimes(file, store, [size], [READS_IN_FLIGHT])
     if file.stat().st_size < 3 * VISIT_SLICE * PARTS * VISIT_MISSING or not bare.cells:
-        return 0.0  # too small to visit, or no memory for it
+        return None
     end = time.perf_counter() + seconds
     found: list[float] = []
     while not found or time.perf_counter() < end:

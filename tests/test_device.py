@@ -142,12 +142,15 @@ def test_reads_now(model_path: Path, monkeypatch: pytest.MonkeyPatch, slower: fl
     monkeypatch.setattr(
         control, "reads_measure", lambda _, at, sizes, *, depth, store: time.sleep(0.01) or slower * len(at) * sizes[0] / RATE
     )
+    visits = iter([0.003, None])
+    monkeypatch.setattr(device, "measure_visit", lambda *_: next(visits))
     found = device.with_reads_now(kept, model_path, 1_000_000)
     assert found.reads[-1] == other
     for now, then in zip(found.reads[:-1], kept.reads[:-1], strict=True):
         assert now.seconds == pytest.approx(slower * then.seconds)
         assert (now.fast_s, now.slow_s) == pytest.approx((min(slower, 1) * then.fast_s, max(slower, 1) * then.slow_s))
-    assert dataclasses.replace(found, reads=kept.reads) == kept
+    assert dataclasses.replace(found, reads=kept.reads) == dataclasses.replace(kept, visit_s=0.003)
+    assert device.with_reads_now(kept, model_path, 1_000_000).visit_s == kept.visit_s
 
 
 @pytest.mark.usefixtures("small")
@@ -161,7 +164,7 @@ def test_visits_of_a_layer(store: str, tmp_path: Path) -> None:
         control.visits_measure(str(path), 1 << 20, n_missing=1, n_visits=1, n_threads=1, store=store)
     with pytest.raises(ModelFileError, match="cannot be read"):
         control.visits_measure(str(tmp_path / "none"), 4096, n_missing=1, n_visits=1, n_threads=1, store=store)
-    assert device.measure_visit(path, store, 1, 1e-5, 0.0) == 0.0, "too small for its visits"
+    assert device.measure_visit(path, store, 1, 1e-5, 0.0) is None, "too small for its visits"
 
 
 @pytest.mark.parametrize("slower", [0.002, 0.0])
