@@ -172,7 +172,7 @@ def machine_busy_s() -> float:
 def around(answer: dict[str, Any]) -> dict[str, Any]:
     """What was predicted of an answer, before it and after it: of two speeds that of the mean time."""
     before: dict[str, Any] = answer["predicted"]
-    after: dict[str, Any] = answer.get("after", before)
+    after: dict[str, Any] = answer["after"]
     if not (before["fits"] and after["fits"]):
         return {**before, "fits": False}
     interval = [statistics.harmonic_mean(ends) for ends in zip(before["decode_interval"], after["decode_interval"], strict=True)]

@@ -153,7 +153,6 @@ def test_reads_now(model_path: Path, monkeypatch: pytest.MonkeyPatch, slower: fl
     assert device.with_reads_now(kept, model_path, 1_000_000).visit_s == kept.visit_s
 
 
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("store", ["direct", "buffered"])
 def test_visits_of_a_layer(store: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
@@ -178,6 +177,7 @@ def test_a_visit_is_what_it_takes_besides_its_reads(slower: float, tmp_path: Pat
     assert device.measure_visit(path, "direct", 2, 0.0005, 0.0) == pytest.approx(max(0.0, slower - 0.0005))
 
 
+@pytest.mark.usefixtures("small")
 def test_where_nothing_can_be_measured(tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"x")
     with pytest.raises(SpacError, match="too small"):
