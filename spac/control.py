@@ -29,7 +29,7 @@ from spac.errors import (
 )
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent, StoresProbe
 
-ABI_VERSION: Final = 6
+ABI_VERSION: Final = 7
 EVENT_MAX_EXPERTS: Final = 32
 IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
@@ -260,16 +260,14 @@ class Gauge(ctypes.Structure):
 
 
 # typedef struct spac_probe { uint64_t struct_size, page_bytes, direct_align;
-#                             int32_t direct_error, moves, populates, reserved; } spac_probe;
+#                             int32_t direct_error, populates; } spac_probe;
 class Probe(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint64),
         ("page_bytes", ctypes.c_uint64),
         ("direct_align", ctypes.c_uint64),
         ("direct_error", ctypes.c_int32),
-        ("moves", ctypes.c_int32),
         ("populates", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
     )
 
 
@@ -672,7 +670,7 @@ def stores_probe(path: str) -> StoresProbe:
     """
     raw = _sized(Probe)
     check(spac_stores_probe(os.fsencode(path), ctypes.byref(raw)))
-    return StoresProbe(raw.page_bytes, raw.direct_align, raw.direct_error, bool(raw.moves), bool(raw.populates))
+    return StoresProbe(raw.page_bytes, raw.direct_align, raw.direct_error, bool(raw.populates))
 
 
 def reads_measure(

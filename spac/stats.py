@@ -129,12 +129,10 @@ class StoresProbe:
         page_bytes: the unit of budgets.
         direct_align: of direct reads of the file that was asked about, bytes; 0 if they are refused.
         direct_error: errno of that, or 0.
-        moves: evicted pages can change hands.
         populates: a mapping can be read in at once.
     """
 
     page_bytes: int
     direct_align: int
     direct_error: int
-    moves: bool
     populates: bool

@@ -19,7 +19,6 @@ NOT_HERE: Final = 77
 _X86, _ARM = "x86_64", "aarch64"
 CALLS: Final = {
     "O_DIRECT": ({_X86: 257, _ARM: 56}, 2, os.O_DIRECT, os.O_DIRECT, errno.EINVAL),
-    "userfaultfd": ({_X86: 323, _ARM: 282}, 0, 0, 0, errno.EPERM),
     "statx": ({_X86: 332, _ARM: 291}, 0, 0, 0, errno.ENOSYS),
     "populate": ({_X86: 28, _ARM: 233}, 2, 0xFFFFFFFF, 22, errno.EINVAL),
     "hugepage": ({_X86: 28, _ARM: 233}, 2, 0xFFFFFFFF, 14, errno.EINVAL),

@@ -1,4 +1,4 @@
-"""What the kernel gives: pages, moving them, control groups, pressure, and how it counts memory."""
+"""What the kernel gives: pages, control groups, pressure, and how it counts memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ def check(system: System, probe: StoresProbe | None) -> Iterator[Finding]:
     release = system.text("/proc/sys/kernel/osrelease")
     yield Finding("kernel", "version", Level.ok, f"Linux {release}" if release else "Linux, version not shown", "", {"release": release})
     yield _pages(system, probe)
-    yield _moving(release, probe)
     yield _populating(release, probe)
     yield from _huge_pages(system)
     yield from _groups(system)
@@ -34,30 +33,8 @@ def _pages(system: System, probe: StoresProbe | None) -> Finding:
     page = int(match[1]) * KIB if match else probe.page_bytes if probe else 0
     if not page:
         return Finding("kernel", "pages", Level.note, "their size is not shown")
-    text = f"{format_bytes(page)} each" + (
-        ": an expert's ends share pages with its neighbours; both are paid for" if page > 4 * KIB else ""
-    )
+    text = f"{format_bytes(page)} each" + (": each tensor of an expert takes whole ones" if page > 4 * KIB else "")
     return Finding("kernel", "pages", Level.ok, text, "", {"page_bytes": page})
-
-
-def _moving(release: str, probe: StoresProbe | None) -> Finding:
-    moves = probe.moves if probe else _at_least(release, 6, 8)
-    if moves:
-        return Finding(
-            "kernel",
-            "moving pages",
-            Level.ok,
-            "an evicted expert's pages go to the next one (userfaultfd, UFFDIO_MOVE)",
-            "",
-            {"moves": True},
-        )
-    reason = (
-        "Linux 6.8 can"
-        if not _at_least(release, 6, 8)
-        else "userfaultfd is refused: by seccomp, a container, or the kernel's configuration"
-    )
-    text = "evicted pages are given back and found anew: more processor time for each read expert"
-    return Finding("kernel", "moving pages", Level.note, text, reason, {"moves": False})
 
 
 def _populating(release: str, probe: StoresProbe | None) -> Finding:
@@ -131,5 +108,5 @@ def check_memory(system: System) -> Iterator[Finding]:
         )
         yield Finding("memory", "memory", level, f"{format_bytes(available)} of {format_bytes(total)} available", advice, facts)
     if whole(system.text("/proc/sys/vm/overcommit_memory")) == 2:
-        advice = "`sudo sysctl vm.overcommit_memory=0`: windows for all experts are reserved, only a budget of them is ever filled"
+        advice = "`sudo sysctl vm.overcommit_memory=0`: slots for all experts are reserved, only a budget of them is ever filled"
         yield Finding("memory", "overcommit", Level.warning, "vm.overcommit_memory is 2: address space counts as memory", advice)

@@ -27,7 +27,7 @@ def check(system: System) -> Iterator[Finding]:
         return
     space, files, locked = found.get("address space"), found["open files"], found.get("locked memory")
     if space is not None:
-        advice = "`ulimit -v unlimited`: windows for all experts are reserved; --memory bounds what is used"
+        advice = "`ulimit -v unlimited`: addresses for all experts are reserved, twice; --memory bounds what is used"
         yield Finding("process", "address space", Level.warning, f"limited to {format_bytes(space)}", advice, {"bytes": space})
     if files is not None and files < FEW_FILES:
         yield Finding(

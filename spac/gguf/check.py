@@ -30,7 +30,7 @@ SPLIT_NAME: Final = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d
 MAX_LAYERS: Final = 512
 MAX_EXPERTS: Final = 1024
 
-# Upstream's allocator of expert windows keeps the page offset of the file, so sizes in pages follow from file offsets.
+# An expert keeps its place in a page of the file, so sizes in pages follow from file offsets: Model::reserve in pager.cpp.
 PAGE_BYTES: Final = page_bytes()
 
 
@@ -43,7 +43,7 @@ class ExpertLayer:
         n_experts: experts in it.
         expert_bytes: all of them, as in the file.
         bundle_bytes: one expert's tensors, as in the file.
-        bundle_page_bytes: the same in whole pages, for the expert that touches most.
+        bundle_page_bytes: the same in whole pages.
     """
 
     layer: int
@@ -238,24 +238,26 @@ def _expert_layers(experts: list[Tensor]) -> tuple[ExpertLayer, ...]:
         layer = expert_layer_of(tensor.name)
         assert layer is not None
         by_layer[layer].append(tensor)
-    return tuple(_expert_layer(layer, by_layer[layer]) for layer in sorted(by_layer))
-
-
-def _expert_layer(layer: int, tensors: list[Tensor]) -> ExpertLayer:
-    n_experts = max(tensor.shape[2] for tensor in tensors)
-    pages = [0] * n_experts
-    for tensor in tensors:
-        slice_bytes = tensor.n_bytes // tensor.shape[2]
+    slots: dict[int, int] = defaultdict(int)  # pages, of all slices of a size those of the one that touches most
+    for tensor in experts:
         for expert in range(tensor.shape[2]):
-            begin = tensor.offset + expert * slice_bytes
-            pages[expert] += (begin + slice_bytes - 1) // PAGE_BYTES - begin // PAGE_BYTES + 1
-    return ExpertLayer(
-        layer=layer,
-        n_experts=n_experts,
-        expert_bytes=sum(tensor.n_bytes for tensor in tensors),
-        bundle_bytes=sum(tensor.n_bytes // tensor.shape[2] for tensor in tensors),
-        bundle_page_bytes=max(pages) * PAGE_BYTES,
+            size = _slice_bytes(tensor)
+            begin = tensor.offset + expert * size
+            slots[size] = max(slots[size], (begin + size - 1) // PAGE_BYTES - begin // PAGE_BYTES + 1)
+    return tuple(
+        ExpertLayer(
+            layer=layer,
+            n_experts=max(tensor.shape[2] for tensor in tensors),
+            expert_bytes=sum(tensor.n_bytes for tensor in tensors),
+            bundle_bytes=sum(_slice_bytes(tensor) for tensor in tensors),
+            bundle_page_bytes=sum(slots[_slice_bytes(tensor)] for tensor in tensors) * PAGE_BYTES,
+        )
+        for layer, tensors in sorted(by_layer.items())
     )
+
+
+def _slice_bytes(tensor: Tensor) -> int:
+    return tensor.n_bytes // tensor.shape[2]
 
 
 # -- split models --

@@ -8,7 +8,6 @@
 #include "traits.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -29,29 +28,13 @@ namespace spac {
 
 namespace {
 
-// The reserved address space of one model's paged tensors.
+// One model's paged tensors. Their addresses are reserved and mean nothing but their names: what is there lies in slots.
 struct Buffer {
     std::shared_ptr<Model> model;
     uint8_t * base = nullptr;
     size_t    size = 0;
-    int       n_huge_ranges = 0;
     std::unordered_map<const void *, PagedTensor *> tensors;  // by tensor->data; not changed after the load
 };
-
-// A process may have so many mappings (vm.max_map_count), and with hundreds of experts in a hundred layers their huge pages alone
-// would be more. Two mappings for each range: three eighths leave a quarter of them to everything else.
-int most_huge_ranges() {
-    long mappings = 0;
-    if (FILE * file = std::fopen("/proc/sys/vm/max_map_count", "r")) {
-        if (std::fscanf(file, "%ld", &mappings) != 1) {
-            mappings = 0;
-        }
-        std::fclose(file);
-    }
-    return (int) std::min(mappings, 1L << 30) / 8 * 3;
-}
-
-std::atomic<int> n_huge_ranges{ 0 };  // of all buffers
 
 //
 // names: blk.N.ffn_{gate,up,down,gate_up}_{,ch}exps.weight
@@ -127,7 +110,6 @@ void buffer_free(ggml_backend_buffer_t buffer) {
     if (b) {
         Library::get().forget(b->model);
         munmap(b->base, b->size);
-        n_huge_ranges -= b->n_huge_ranges;
         delete b;
     }
 }
@@ -166,7 +148,6 @@ void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor,
 
 void buffer_clear(ggml_backend_buffer_t, uint8_t) {}
 
-// Moves the tensor to the address in its allotment that is congruent with its file offset.
 bool buffer_bind_file(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const char * path, size_t offset, size_t size) {
     Buffer *  b       = (Buffer *) buffer->context;
     Library & library = Library::get();
@@ -183,28 +164,15 @@ bool buffer_bind_file(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const 
         library.load_failed(SPAC_E_IO, std::string(path) + ": the file ends before tensor " + tensor->name + " does");
         return true;
     }
-    const uintptr_t page = page_size(), data = (((uintptr_t) tensor->data + page - 1) / page) * page + offset % page;
-    const uintptr_t first = data / page * page, last = (data + size + page - 1) / page * page;
-    const int os_error = b->model->store->map(*file, (void *) first, last - first, offset / page * page);
-    if (os_error != 0) {
-        library.load_failed(SPAC_E_MEMORY, os_message(path, "no address space for its experts", os_error));
-        return true;
-    }
     auto paged         = std::make_unique<PagedTensor>();
     paged->name        = tensor->name;
     paged->group       = &group_of(*b->model, name);
     paged->rank        = name.rank;
     paged->n_experts   = (int) tensor->ne[2];
     paged->slice_bytes = tensor->nb[2];
-    paged->data        = (uint8_t *) data;
     paged->file        = file;
     paged->offset      = offset;
-    tensor->data       = (void *) data;
-    if (b->model->store->id() != SPAC_STORE_MMAP) {  // a mapping of the file stays as it is
-        static const int most = most_huge_ranges();
-        const int n_ranges    = paged->use_huge_pages(most - n_huge_ranges);
-        b->n_huge_ranges += n_ranges;
-        n_huge_ranges    += n_ranges;
+    if (!b->model->store->maps()) {  // a mapping of the file stays as it is
         paged->repacker = library.load_options().repack ? Repacker::make(*tensor) : nullptr;
         tensor->extra   = paged->repacker ? paged->repacker->traits() : nullptr;
     }
@@ -245,24 +213,18 @@ ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t 
         GGML_LOG_ERROR("%s: spac_load_begin() was not called\n", __func__);
         return nullptr;
     }
-    const size_t reserved = size + 2 * page_size();
-    void * base = mmap(nullptr, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void * base = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) {
-        Library::get().load_failed(SPAC_E_MEMORY, "no " + std::to_string(reserved) + " bytes of address space for the experts: " +
+        Library::get().load_failed(SPAC_E_MEMORY, "no " + std::to_string(size) + " bytes of address space for the experts: " +
                                                       std::strerror(errno) + " (see ulimit -v)");
         return nullptr;
     }
-    auto * b = new Buffer{ model, (uint8_t *) base, reserved, 0, {} };
+    auto * b = new Buffer{ model, (uint8_t *) base, size, {} };
     return ggml_backend_buffer_init(buft, buffer_interface, b, size);
 }
 
 size_t buft_get_alignment(ggml_backend_buffer_type_t) {
     return 64;
-}
-
-// room to move the tensor to where its file offset wants it, in pages of its own
-size_t buft_get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * tensor) {
-    return ggml_nbytes(tensor) + 2 * page_size();
 }
 
 class PagedBufferType : public ggml::cpu::extra_buffer_type {
@@ -303,7 +265,7 @@ void * on_begin_op(const ggml_tensor * dst, const int64_t * row_counts, int32_t 
     return Library::get().pager.begin_op(*it->second, current_context, row_counts, order, n_threads, routing);
 }
 
-bool on_begin_expert(void * op, int expert) {
+const void * on_begin_expert(void * op, int expert) {
     return Library::get().pager.begin_expert(*(Op *) op, expert);
 }
 
@@ -368,7 +330,7 @@ int register_buffer_type() {
             /* .alloc_buffer   = */ buft_alloc_buffer,
             /* .get_alignment  = */ buft_get_alignment,
             /* .get_max_size   = */ nullptr,
-            /* .get_alloc_size = */ buft_get_alloc_size,
+            /* .get_alloc_size = */ nullptr,
             /* .is_host        = */ nullptr,  // host weights may be copied to a GPU for large batches, absent experts included
         },
         /* .device  = */ cpu,

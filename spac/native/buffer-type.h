@@ -1,4 +1,4 @@
-// The glue to ggml: a buffer type whose tensors are windows, and the callbacks around the experts of MUL_MAT_ID.
+// The glue to ggml: a buffer type whose tensors are paged, and the callbacks around the experts of MUL_MAT_ID.
 #pragma once
 
 #include "ggml-backend.h"

@@ -170,18 +170,8 @@ int probe_stores(const char * path, spac_probe & probe) {
     probe.direct_error = direct_store->open(direct);
     probe.direct_align = probe.direct_error == 0 ? direct.align : 0;
 
-    // two pages of the pager's kind, and one that maps the file
-    void * pages = mmap(nullptr, 4 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (pages == MAP_FAILED) {
-        return fail(SPAC_E_MEMORY, "no address space");
-    }
-    char * const first = (char *) (((uintptr_t) pages + page - 1) / page * page);
-    if (direct_store->map(direct, first, 2 * page, 0) == 0) {
-        std::memset(first, 1, page);
-        probe.moves = direct_store->move(first, first + page, page) == page;
-    }
-    probe.populates = mmap_store->map(mapped, first + 2 * page, page, 0) == 0 && spac::populate_pages(first + 2 * page, 1) == 0;
-    munmap(pages, 4 * page);
+    const auto pages = mmap_store->map(mapped, page, 0);
+    probe.populates  = spac::populate_pages(pages.get(), 1) == 0;
     return SPAC_OK;
 }
 

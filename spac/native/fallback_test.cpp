@@ -5,17 +5,12 @@
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
-#include <linux/userfaultfd.h>
-#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 
 using namespace spac;
 using namespace spac::testing;
 
-#ifndef UFFDIO_MOVE
-#    define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, char[40])  // Linux 6.8
-#endif
 #ifndef MADV_POPULATE_READ
 #    define MADV_POPULATE_READ 22
 #endif
@@ -60,8 +55,8 @@ template <typename F> static void with_refused(const Refused & call, F && body) 
     }).join();
 }
 
-// Evictions and reads at the floor, bytes and accounts checked all along. Returns the bytes of pages that changed hands.
-static uint64_t run_at_floor(TestModel & m) {
+// Evictions and reads at the floor, bytes and accounts checked all along.
+static void run_at_floor(TestModel & m) {
     Pager pager(m.model->floor_bytes());
     pager.add_model(m.model, 0);
     std::mt19937 random(9);
@@ -76,34 +71,10 @@ static uint64_t run_at_floor(TestModel & m) {
     CHECK(m.model->rereads > 10);
     pager.remove_model(*m.model);
     CHECK(pager.used_bytes() == 0);
-    return m.store->moved_bytes;
 }
 
 static Shape odd_shape(int store) {
     return { 2, 2, 8, 3 * page_size() + 96, 4128, store };
-}
-
-TEST_CASE("without userfaultfd, or without moving, evicted pages are given back") {
-    {
-        TestModel m(odd_shape(SPAC_STORE_AUTO));
-        if (run_at_floor(m) == 0) {
-            MESSAGE("this kernel moves no pages: refusing that changes nothing here");
-        }
-    }
-    for (const Refused & call : {
-             Refused{ "userfaultfd", SYS_userfaultfd, ENOSYS },
-             Refused{ "userfaultfd", SYS_userfaultfd, EPERM },
-             Refused{ "userfaultfd in user mode only", SYS_userfaultfd, EINVAL },  // before Linux 5.11
-             Refused{ "UFFDIO_API", SYS_ioctl, EINVAL, 1, ~0u, (uint32_t) UFFDIO_API },
-             Refused{ "UFFDIO_REGISTER", SYS_ioctl, EINVAL, 1, ~0u, (uint32_t) UFFDIO_REGISTER },
-             Refused{ "UFFDIO_MOVE", SYS_ioctl, EINVAL, 1, ~0u, (uint32_t) UFFDIO_MOVE },
-             Refused{ "UFFDIO_MOVE", SYS_ioctl, EPERM, 1, ~0u, (uint32_t) UFFDIO_MOVE },
-         }) {
-        with_refused(call, [&] {
-            TestModel m(odd_shape(SPAC_STORE_AUTO));
-            CHECK(run_at_floor(m) == 0);
-        });
-    }
 }
 
 TEST_CASE("where O_DIRECT is refused, by open or by the read, auto is buffered") {
@@ -141,13 +112,12 @@ TEST_CASE("without MADV_POPULATE_READ the mmap store touches each page") {
         file.path  = temp.path;
         auto store = make_store(SPAC_STORE_MMAP);
         REQUIRE(store->open(file) == 0);
-        Window window(8 * page_size(), 0);
-        REQUIRE(store->map(file, window.pages, window.n_bytes, 0) == 0);
-        store->drop(file, window.pages, window.n_bytes, 0);
-        REQUIRE(populate_pages(window.pages, window.n_bytes) == EINVAL);
-        CHECK(store->read(file, window.data + page_size() / 2, 5 * page_size(), page_size() / 2).os_error == 0);
-        CHECK(bytes_in_memory(window) >= 6 * page_size());
-        CHECK(std::memcmp(window.data, temp.bytes.data(), temp.bytes.size()) == 0);
+        Place place(*store, file, 8 * page_size(), 0);
+        store->drop(file, place.pages, place.n_bytes, 0);
+        REQUIRE(populate_pages(place.pages, place.n_bytes) == EINVAL);
+        CHECK(store->read(file, place.data + page_size() / 2, 5 * page_size(), page_size() / 2).os_error == 0);
+        CHECK(bytes_in_memory(place.pages, place.n_bytes) >= 6 * page_size());
+        CHECK(std::memcmp(place.data, temp.bytes.data(), temp.bytes.size()) == 0);
     });
 }
 

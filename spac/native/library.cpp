@@ -64,13 +64,19 @@ int Library::end_load() {
 }
 
 int Library::adopt(const std::shared_ptr<Model> & model, int n_io_threads) {
-    model->arrange();
+    const int arranged = guarded([&] {
+        model->arrange();
+        return SPAC_OK;
+    });
     {
         std::lock_guard<std::mutex> lock(mutex_);
         model->id = next_id_++;
         models_[model->id] = model;
     }
     pager.add_model(model, n_io_threads > 0 ? n_io_threads : default_io_threads);
+    if (arranged != SPAC_OK) {
+        return arranged;
+    }
     if (pager.granted() < model->floor_bytes()) {
         return fail(SPAC_E_BUDGET, "the expert budget of " + std::to_string(pager.granted()) + " bytes is below this model's floor of " +
                                        std::to_string(model->floor_bytes()) + " bytes");

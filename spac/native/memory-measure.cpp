@@ -13,7 +13,6 @@
 
 namespace {
 
-// Pages round expert tensors up; upstream's account includes the room that a tensor needs to be moved in its window.
 int measure(const char * path, llama_model_params model_params, const llama_context_params & context_params, spac_memory & memory) {
     model_params.no_alloc  = true;
     model_params.load_mode = LLAMA_LOAD_MODE_NONE;

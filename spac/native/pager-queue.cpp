@@ -81,7 +81,6 @@ bool Pager::take_job(Job & job) {
             job = candidate;
             Slice & slice = job.tensor->slices[job.expert];
             queue_.erase(job);
-            const size_t bytes = job.tensor->own_page_bytes(job.expert);
             slice.op    = nullptr;
             slice.state = State::reading;
             slice.abandoned = false;
@@ -91,8 +90,9 @@ bool Pager::take_job(Job & job) {
             slice.n_inside = 0;
             ++(ahead ? n_reading_ahead_ : n_reading_);
             count_present(job.tensor->group->bundles[job.expert], 1);
-            used_ += bytes;
-            job.tensor->model->used_bytes += bytes;
+            used_ += job.tensor->slot_bytes;
+            job.tensor->model->used_bytes += job.tensor->slot_bytes;
+            job.tensor->occupy(job.expert);
             if (used_ > peak_) {
                 peak_ = used_.load();
             }
@@ -338,18 +338,19 @@ void Pager::count_present(Bundle & bundle, int change) {
     }
 }
 
-Pager::Victim Pager::cheapest() const {
+Pager::Victim Pager::cheapest(const PagedTensor * heir) const {
     Victim cheapest;
     for (const auto & model : models_) {
         PagedTensor * tensor = nullptr;
         const Policy::Victim found = model->policy->cheapest([&](int group, int expert) {
+            PagedTensor * fits = nullptr;
             for (PagedTensor * part : model->groups[group]->parts) {
-                if (droppable(*part, expert)) {
-                    tensor = part;
-                    return true;
+                if (droppable(*part, expert) && (!fits || (heir && part->slots == heir->slots && fits->slots != heir->slots))) {
+                    fits = part;
                 }
             }
-            return false;
+            tensor = fits ? fits : tensor;
+            return fits != nullptr;
         });
         if (tensor && (!cheapest.tensor || found.worth < cheapest.score)) {
             cheapest = { tensor, found.expert, found.worth };
@@ -382,16 +383,14 @@ bool Pager::make_room(const Job & job, Claim claim, Refusal & refusal) {
     if (refusal.full && claim != Claim::anything_idle && (claim == Claim::not_upcoming ? refusal.nothing : own_score <= refusal.score)) {
         return false;  // an earlier job of this search found out
     }
-    Heir heir = { job.tensor, job.expert, nullptr, nullptr };
-    job.tensor->inner_pages(job.expert, heir.begin, heir.end);
-    uint8_t * const first = heir.begin;
     const auto refuse = [&] {
-        drop_pages(*job.tensor, first, heir.begin);
+        if (job.tensor->slices[job.expert].slot) {  // left to it by what was evicted
+            job.tensor->vacate(job.expert);
+        }
         return false;
     };
-    // evicting may change what is needed: a boundary page may no longer be shared
-    while (used_ + job.tensor->own_page_bytes(job.expert) > budget_) {
-        Victim victim = cheapest();
+    while (used_ + job.tensor->slot_bytes > budget_) {
+        Victim victim = cheapest(job.tensor);
         refusal.full    = true;
         refusal.nothing = !victim.tensor;
         refusal.score   = victim.tensor ? victim.score : HUGE_VAL;
@@ -401,7 +400,7 @@ bool Pager::make_room(const Job & job, Claim claim, Refusal & refusal) {
         if (!victim.tensor && claim == Claim::anything_idle) {
             victim = spare_upcoming(job.tensor->slices[job.expert].op);
         }
-        if (!victim.tensor || !evict(*victim.tensor, victim.expert, &heir)) {
+        if (!victim.tensor || !evict(*victim.tensor, victim.expert, &job)) {
             if (claim == Claim::anything_idle && !starving_.exchange(true)) {
                 continue;  // once more, now that whoever leaves an expert says so
             }
@@ -412,7 +411,7 @@ bool Pager::make_room(const Job & job, Claim claim, Refusal & refusal) {
 }
 
 // False if a compute thread got there first.
-bool Pager::evict(PagedTensor & tensor, int expert, Heir * heir) {
+bool Pager::evict(PagedTensor & tensor, int expert, const Job * heir) {
     Slice & slice = tensor.slices[expert];
     if (slice.state != State::resident) {
         return false;
@@ -431,36 +430,14 @@ bool Pager::evict(PagedTensor & tensor, int expert, Heir * heir) {
     return true;
 }
 
-// Gives back the pages of a slice that is present no more.
-void Pager::release(PagedTensor & tensor, int expert, Heir * heir) {
-    uint8_t * address;
-    size_t    length;
-    tensor.own_pages(expert, address, length);
-    used_ -= length;
-    tensor.model->used_bytes -= length;
-    drop_pages(tensor, heir ? leave_pages(tensor, expert, address, address + length, *heir) : address, address + length);
+// A slice is present no more: its slot goes to the heir, if that has none yet and it fits, or its pages to the kernel.
+void Pager::release(PagedTensor & tensor, int expert, const Job * heir) {
+    used_ -= tensor.slot_bytes;
+    tensor.model->used_bytes -= tensor.slot_bytes;
+    if (!heir || !tensor.leave(expert, *heir->tensor, heir->expert)) {
+        tensor.vacate(expert);
+    }
     count_present(tensor.group->bundles[expert], -1);
-}
-
-// Lets the heir have pages instead of giving them back: the kernel would have to find and zero others for it. Returns the first
-// that it did not take.
-uint8_t * Pager::leave_pages(PagedTensor & tensor, int expert, uint8_t * begin, uint8_t * end, Heir & heir) {
-    while (begin < end && heir.begin < heir.end) {
-        const size_t length = std::min(tensor.same_mapping(expert, begin, end), heir.tensor->same_mapping(heir.expert, heir.begin, heir.end));
-        const size_t moved  = heir.tensor->model->store->move(begin, heir.begin, length);
-        begin += moved;
-        heir.begin += moved;
-        if (moved < length) {
-            break;
-        }
-    }
-    return begin;
-}
-
-void Pager::drop_pages(PagedTensor & tensor, uint8_t * begin, uint8_t * end) {
-    if (begin < end) {
-        tensor.model->store->drop(*tensor.file, begin, (size_t) (end - begin), tensor.offset - (uint64_t) (tensor.data - begin));
-    }
 }
 
 }  // namespace spac

@@ -29,10 +29,9 @@ void Model::arrange() {
         tensor->piece_bytes = even_piece(tensor->slice_bytes, tensor->repacker ? tensor->repacker->unit_bytes() : page_size(), largest_piece_bytes);
         group.n_experts  = std::max(group.n_experts, tensor->n_experts);
         group.parts.push_back(tensor.get());
-        const uint64_t bytes = (uint64_t) tensor->n_experts * tensor->slice_bytes, misplaced = (uintptr_t) tensor->data % page_size();
-        expert_bytes += bytes;
-        expert_page_bytes += (misplaced + bytes + page_size() - 1) / page_size() * page_size();
+        expert_bytes += (uint64_t) tensor->n_experts * tensor->slice_bytes;
     }
+    reserve();
     std::vector<int> n_experts_by_group;
     for (size_t i = 0; i < groups.size(); ++i) {
         Group & group = *groups[i];
@@ -47,12 +46,31 @@ void Model::arrange() {
         for (int expert = 0; expert < group.n_experts; ++expert) {
             uint64_t bytes = 0;
             for (PagedTensor * part : group.parts) {
-                bytes += expert < part->n_experts ? part->page_bytes(expert) : 0;
+                bytes += expert < part->n_experts ? part->slot_bytes : 0;
             }
             max_bundle_bytes = std::max(max_bundle_bytes, bytes);
         }
     }
     policy = std::make_unique<Policy>(n_experts_by_group);
+}
+
+// One size of slots for all slices of one size, wherever in a page they begin: so that they can leave them to each other.
+void Model::reserve() {
+    std::map<size_t, std::pair<size_t, int>> slots;  // bytes of one, and how many
+    for (auto & tensor : tensors) {
+        auto & [bytes, n] = slots[tensor->slice_bytes];
+        bytes = std::max(bytes, tensor->most_page_bytes());
+        n += tensor->n_experts;
+    }
+    for (const auto & [slice_bytes, slot] : slots) {
+        pools[slice_bytes] = store->maps() ? nullptr : std::make_unique<SlotPool>(slot.first, slot.second);
+        expert_page_bytes += (uint64_t) slot.first * (uint64_t) slot.second;
+    }
+    for (auto & tensor : tensors) {
+        tensor->slot_bytes = slots[tensor->slice_bytes].first;
+        tensor->slots      = pools[tensor->slice_bytes].get();
+        tensor->mapped     = tensor->slots ? nullptr : store->map(*tensor->file, tensor->n_experts * tensor->slice_bytes, tensor->offset);
+    }
 }
 
 Pager::~Pager() {
@@ -294,11 +312,11 @@ Op * Pager::begin_op(PagedTensor & tensor, spac_context * context, const int64_t
     return &op;
 }
 
-bool Pager::begin_expert(Op & op, int expert) {
+const void * Pager::begin_expert(Op & op, int expert) {
     Slice & slice = op.tensor->slices[expert];
     slice.users.fetch_add(1, std::memory_order_seq_cst);
     if (slice.state.load(std::memory_order_seq_cst) == State::resident && !op.context->stopped.load(std::memory_order_acquire)) {
-        return true;
+        return op.tensor->slice_data(expert);
     }
     let_go(slice);
 
@@ -331,7 +349,7 @@ bool Pager::begin_expert(Op & op, int expert) {
     if (!here && op.left[op.position[expert]]->fetch_add(1) + 1 == op.n_threads) {
         leave(op, expert);
     }
-    return here;
+    return here ? op.tensor->slice_data(expert) : nullptr;
 }
 
 void Pager::end_expert(Op & op, int expert) {

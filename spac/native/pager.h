@@ -1,7 +1,7 @@
 // The pager: which slices are in memory, under a hard budget of pages, and in which order they are read and evicted.
 //
 // Invariants
-//  1. used_bytes counts every page that a present slice touches, reads in flight included, and never exceeds the budget.
+//  1. used_bytes counts every page of a present slice's slot, reads in flight included, and never exceeds the budget.
 //  2. A slice with users > 0 is resident and stays. A compute thread adds itself to users before it looks at state; the
 //     evictor sets state to absent before it looks at users: one of the two sees the other. Likewise whoever finds all in use sets
 //     starving_ before it looks once more and sleeps, and a compute thread leaves users before it looks at starving_.
@@ -18,9 +18,10 @@
 #include "context.h"
 #include "events.h"
 #include "policy.h"
-#include "window.h"
+#include "slot.h"
 
 #include <condition_variable>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -60,6 +61,7 @@ struct Model {
     std::vector<std::unique_ptr<ModelFile>>   files;
     std::vector<std::unique_ptr<PagedTensor>> tensors;
     std::vector<std::unique_ptr<Group>>       groups;  // in the order of layers
+    std::map<size_t, std::unique_ptr<SlotPool>> pools;  // by slice_bytes
     std::unique_ptr<Policy>                   policy;  // its layers are groups
     uint64_t expert_bytes = 0, expert_page_bytes = 0, max_bundle_bytes = 0;
     int      n_experts = 0;
@@ -78,8 +80,12 @@ struct Model {
         return std::accumulate(groups.begin(), groups.end(), 0, [](int n, const auto & group) { return n + group->n_experts; });
     }
 
-    // Sorts tensors into groups and computes the sizes; before the model is added to a pager.
+    // Sorts tensors into groups, computes the sizes and reserves the slots; before the model is added to a pager. Throws if there is no
+    // address space for them.
     void arrange();
+
+  private:
+    void reserve();
 };
 
 // The experts that an op's rows were routed to: ids[token * token_stride + i * expert_stride], strides in bytes.
@@ -137,7 +143,7 @@ class Pager {
     // have left (or skipped) all of its experts.
     Op * begin_op(PagedTensor & tensor, spac_context * context, const int64_t * row_counts, int32_t * order, int n_threads,
                   const Routing & routing);
-    bool begin_expert(Op & op, int expert);
+    const void * begin_expert(Op & op, int expert);  // its slice, until end_expert(); null: skip it
     void end_expert(Op & op, int expert);
 
     // -- control --
@@ -173,13 +179,6 @@ class Pager {
         bool   full    = false;
         bool   nothing = false;  // nothing can be evicted that no op will use
         double score   = 0;      // the cheapest such slice's
-    };
-    // A slice that something is evicted for, and those of its pages that it still lacks.
-    struct Heir {
-        PagedTensor * tensor;
-        int           expert;
-        uint8_t *     begin;
-        uint8_t *     end;
     };
     // How much a read may push out, by what waits for it.
     enum class Claim { worth_less, not_upcoming, anything_idle };
@@ -220,12 +219,10 @@ class Pager {
     double worth(const PagedTensor & tensor, int expert) const;
     bool droppable(PagedTensor & tensor, int expert) const;
     void count_present(Bundle & bundle, int change);
-    Victim cheapest() const;            // among slices that no op will use
+    Victim cheapest(const PagedTensor * heir = nullptr) const;  // among slices that no op will use, one with a slot for the heir before another
     Victim spare_upcoming(const Op * op) const;  // among the others: for a head, or when the budget shrinks
-    bool evict(PagedTensor & tensor, int expert, Heir * heir = nullptr);
-    void release(PagedTensor & tensor, int expert, Heir * heir = nullptr);
-    uint8_t * leave_pages(PagedTensor & tensor, int expert, uint8_t * begin, uint8_t * end, Heir & heir);
-    void drop_pages(PagedTensor & tensor, uint8_t * begin, uint8_t * end);
+    bool evict(PagedTensor & tensor, int expert, const Job * heir = nullptr);
+    void release(PagedTensor & tensor, int expert, const Job * heir = nullptr);
 
     std::mutex              setup_mutex_;  // held over add_model() and remove_model(), before mutex_
     std::mutex              mutex_;

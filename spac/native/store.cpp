@@ -1,5 +1,6 @@
 #include "store.h"
 
+#include "error.h"
 #include "include/spac.h"
 
 #include <algorithm>
@@ -9,32 +10,16 @@
 #include <fstream>
 #include <mutex>
 #include <set>
+#include <stdexcept>
 
 #include <fcntl.h>
-#include <linux/userfaultfd.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #ifndef MADV_POPULATE_READ
 #    define MADV_POPULATE_READ 22  // Linux 5.14
-#endif
-
-#ifndef UFFD_USER_MODE_ONLY
-#    define UFFD_USER_MODE_ONLY 1  // Linux 5.11
-#endif
-
-#ifndef UFFDIO_MOVE  // Linux 6.8
-#    define UFFD_FEATURE_MOVE                (1 << 16)
-#    define UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES (1 << 1)
-struct uffdio_move {
-    __u64 dst, src, len, mode;
-    __s64 move;
-};
-#    define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
 #endif
 
 namespace spac {
@@ -122,11 +107,11 @@ static int open_with(ModelFile & file, int flags) {
 }
 
 //
-// shared by the stores that read into anonymous memory
+// what most stores have in common
 //
 
-size_t Store::move(void *, void *, size_t) const {
-    return 0;
+std::shared_ptr<uint8_t> Store::map(const ModelFile &, size_t, uint64_t) const {
+    return nullptr;
 }
 
 ReadResult Store::read(const ModelFile & file, void * address, size_t length, uint64_t offset, const Arrangement * arrangement) {
@@ -136,82 +121,6 @@ ReadResult Store::read(const ModelFile & file, void * address, size_t length, ui
     }
     return result;
 }
-
-namespace {
-
-// Pages change their place through userfaultfd, which needs no mapping of its own for each as mremap() does. Nothing is ever
-// write-protected, so no fault is ever reported; it is the registration that moving asks for.
-class PageMover {
-  public:
-    PageMover() {
-        fd_ = (int) syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
-        struct uffdio_api api = {};
-        api.api      = UFFD_API;
-        api.features = UFFD_FEATURE_MOVE;
-        if (fd_ >= 0 && ioctl(fd_, UFFDIO_API, &api) != 0) {
-            close(fd_);
-            fd_ = -1;
-        }
-    }
-    PageMover(const PageMover &) = delete;
-    ~PageMover() {
-        if (fd_ >= 0) {
-            close(fd_);
-        }
-    }
-
-    void add(void * address, size_t length) const {
-        struct uffdio_register range = {};
-        range.range = { (uint64_t) (uintptr_t) address, length };
-        range.mode  = UFFDIO_REGISTER_MODE_WP;
-        if (fd_ >= 0) {
-            ioctl(fd_, UFFDIO_REGISTER, &range);  // refused: then moving will be, too
-        }
-    }
-
-    size_t move(void * from, void * to, size_t length) const {
-        size_t n = 0;
-        while (fd_ >= 0 && n < length) {
-            struct uffdio_move all = {};
-            all.dst  = (uint64_t) (uintptr_t) to + n;
-            all.src  = (uint64_t) (uintptr_t) from + n;
-            all.len  = length - n;
-            all.mode = UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES;
-            const bool done = ioctl(fd_, UFFDIO_MOVE, &all) == 0;
-            n += all.move > 0 ? (size_t) all.move : 0;
-            if (done || (all.move <= 0 && errno != EAGAIN)) {
-                break;
-            }
-        }
-        return n;
-    }
-
-  private:
-    int fd_ = -1;
-};
-
-class AnonymousStore : public Store {
-  public:
-    int map(const ModelFile &, void * address, size_t length, uint64_t) const override {
-        void * got = mmap(address, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-        if (got == MAP_FAILED) {
-            return errno;
-        }
-        madvise(address, length, MADV_NOHUGEPAGE);  // one page at a time: a huge page would be more than was accounted for
-        madvise(address, length, MADV_DONTFORK);
-        mover_.add(address, length);
-        return 0;
-    }
-
-    void drop(const ModelFile &, void * address, size_t length, uint64_t) const override { madvise(address, length, MADV_DONTNEED); }
-
-    size_t move(void * from, void * to, size_t length) const override { return mover_.move(from, to, length); }
-
-  private:
-    PageMover mover_;
-};
-
-}  // namespace
 
 //
 // direct: O_DIRECT by way of a huge page, or into place, block boundaries that a neighbour shares through a bounce block
@@ -240,7 +149,7 @@ class Landing {
             munmap(page + 2 * size, (size_t) ((char *) all + 2 * size - page));
             madvise(page, 2 * size, MADV_HUGEPAGE);
             madvise(page, 2 * size, MADV_DONTFORK);
-            madvise(page, 2 * size, MADV_DONTDUMP);  // tells it from a window in smaps, too
+            madvise(page, 2 * size, MADV_DONTDUMP);  // tells it from slots in smaps, too
             free_halves() = { page, page + size };
         }
         data = *free_halves().begin();
@@ -296,7 +205,7 @@ struct Bounce {
     }
 };
 
-class DirectStore : public AnonymousStore {
+class DirectStore : public Store {
   public:
     int id() const override { return SPAC_STORE_DIRECT; }
 
@@ -345,7 +254,7 @@ class DirectStore : public AnonymousStore {
     ReadResult read_in_place(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
         static thread_local Bounce bounce;
         const uintptr_t begin = (uintptr_t) address, end = begin + length;
-        // whole pages of its own are read in place; a page shared with a neighbour that may be in use is not a target for DMA
+        // whole pages are read in place; what shares a page with another piece, which may be in use, is not a target for DMA
         const uintptr_t body_begin = align_up(begin, page_size()), body_end = align_down(end, page_size());
         const uint64_t read_begin = align_down(offset, file.align), read_end = align_up(offset + length, file.align);
 
@@ -424,7 +333,7 @@ class DirectStore : public AnonymousStore {
 // buffered: pread through the page cache, dropped behind
 //
 
-class BufferedStore : public AnonymousStore {
+class BufferedStore : public Store {
   public:
     int id() const override { return SPAC_STORE_BUFFERED; }
 
@@ -471,13 +380,17 @@ class MmapStore : public Store {
 
     int open(ModelFile & file) const override { return open_with(file, 0); }
 
-    int map(const ModelFile & file, void * address, size_t length, uint64_t offset) const override {
-        void * got = mmap(address, length, PROT_READ, MAP_SHARED | MAP_FIXED, file.fd, (off_t) offset);
+    bool maps() const override { return true; }
+
+    std::shared_ptr<uint8_t> map(const ModelFile & file, size_t length, uint64_t offset) const override {
+        const uint64_t first    = align_down(offset, page_size());
+        const size_t   n_mapped = align_up((size_t) (offset - first) + length, page_size());
+        void * const   got      = mmap(nullptr, n_mapped, PROT_READ, MAP_SHARED, file.fd, (off_t) first);
         if (got == MAP_FAILED) {
-            return errno;
+            throw std::runtime_error(os_message(file.path, "cannot be mapped", errno));
         }
-        madvise(address, length, MADV_DONTFORK);
-        return 0;
+        madvise(got, n_mapped, MADV_DONTFORK);
+        return { (uint8_t *) got + (offset - first), [got, n_mapped](uint8_t *) { munmap(got, n_mapped); } };
     }
 
     ReadResult read_in_place(const ModelFile & file, void * address, size_t length, uint64_t offset) override {

@@ -1,4 +1,4 @@
-// Stores: how a slice's bytes come from the file into its window, and how its pages are given back.
+// Stores: how a slice's bytes come from the file to where they are wanted.
 // A store knows nothing of experts, budgets or threads; every call is safe from any thread.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace spac {
 
-// The unit of budgets and windows: the kernel's page, 4 to 64 KiB. Tests make it larger than that by the environment variable
+// The unit of budgets and slots: the kernel's page, 4 to 64 KiB. Tests make it larger than that by the environment variable
 // SPAC_PAGE_BYTES, to see what a kernel with larger pages would; what is no larger power of two is ignored.
 size_t page_size();
 size_t kernel_page_size();
@@ -65,20 +65,19 @@ class Store {
     virtual int id() const = 0;  // SPAC_STORE_*
     // Opens file.path and fills the rest; 0 or errno (EINVAL: this file system refuses what the store needs).
     virtual int open(ModelFile & file) const = 0;
-    // Makes a reserved range usable: whole pages, address and offset congruent to the page size. 0 or errno.
-    virtual int map(const ModelFile & file, void * address, size_t length, uint64_t offset) const = 0;
+    // Whether slices are read where the file is mapped, by this: the byte at the offset, until the last copy of the pointer goes.
+    // Throws if there is no address space.
+    virtual bool maps() const { return false; }
+    virtual std::shared_ptr<uint8_t> map(const ModelFile & file, size_t length, uint64_t offset) const;
+    // Gives a mapping's whole pages back.
+    virtual void drop(const ModelFile &, void * /* address */, size_t /* length */, uint64_t /* offset */) const {}
     // A thread that will read calls it first: what it needs for that is in memory from then on.
     virtual void begin_thread() const {}
     // Blocks until the bytes of [offset, offset + length) are at address, arranged if that is asked for: then it is whole units.
-    // Writes no byte of the window outside them.
+    // Writes no byte outside them.
     virtual ReadResult read(const ModelFile & file, void * address, size_t length, uint64_t offset, const Arrangement * arrangement = nullptr);
     // The same without a copy, where the store can; as they are in the file.
     virtual ReadResult read_in_place(const ModelFile & file, void * address, size_t length, uint64_t offset) = 0;
-    // Gives whole pages back.
-    virtual void drop(const ModelFile & file, void * address, size_t length, uint64_t offset) const = 0;
-    // Moves whole pages between ranges that were mapped, to where there are none; their bytes mean nothing afterwards. How many
-    // bytes were moved: 0 where the store or the kernel cannot.
-    virtual size_t move(void * from, void * to, size_t length) const;
 };
 
 // SPAC_STORE_AUTO is not a store: see open_store().

@@ -27,21 +27,15 @@ template <typename F> static void with_stores(const TempFile & temp, F && body) 
 }
 
 static bool read_is_exact(Store & store, const ModelFile & file, const TempFile & temp, uint64_t offset, size_t length, bool in_place) {
-    Window window(length, offset);
-    if (store.map(file, window.pages, window.n_bytes, offset / page_size() * page_size()) != 0) {
-        return false;
-    }
-    const bool fills = store.id() != SPAC_STORE_MMAP;  // a mapping of the file cannot be written to
-    if (fills) {
-        std::memset(window.pages, 0, window.n_bytes);  // no byte of the file is 0
-    }
-    const ReadResult result = in_place ? store.read_in_place(file, window.data, length, offset) : store.read(file, window.data, length, offset);
-    const uint8_t * end = window.data + length, * pages_end = window.pages + window.n_bytes;
+    Place      place(store, file, length, offset);
+    const bool fills = !store.maps();  // a mapping of the file cannot be written to, and no byte of the file is 0
+    const ReadResult result = in_place ? store.read_in_place(file, place.data, length, offset) : store.read(file, place.data, length, offset);
+    const uint8_t * end = place.data + length, * pages_end = place.pages + place.n_bytes;
     const auto untouched = [&](const uint8_t * first, const uint8_t * last) {
         return !fills || std::all_of(first, last, [](uint8_t byte) { return byte == 0; });
     };
-    return result.os_error == 0 && result.bytes >= length && std::memcmp(window.data, &temp.bytes[offset], length) == 0 &&
-           untouched(window.pages, window.data) && untouched(end, pages_end);
+    return result.os_error == 0 && result.bytes >= length && std::memcmp(place.data, &temp.bytes[offset], length) == 0 &&
+           untouched(place.pages, place.data) && untouched(end, pages_end);
 }
 
 TEST_CASE("every store brings exactly the bytes asked for, wherever they begin and end") {
@@ -105,10 +99,9 @@ TEST_CASE("bytes are arranged in whole units, however a read is cut up") {
             if (store.id() == SPAC_STORE_MMAP) {
                 return;  // the file's own pages
             }
-            Window window(length, offset);
-            REQUIRE(store.map(file, window.pages, window.n_bytes, offset / page_size() * page_size()) == 0);
-            REQUIRE(store.read(file, window.data, length, offset, &reversal).os_error == 0);
-            CHECK(std::memcmp(window.data, expected.data(), length) == 0);
+            Place place(store, file, length, offset);
+            REQUIRE(store.read(file, place.data, length, offset, &reversal).os_error == 0);
+            CHECK(std::memcmp(place.data, expected.data(), length) == 0);
         });
     }
 }
@@ -120,13 +113,12 @@ TEST_CASE("a slice that the file no longer holds is ENODATA, one that it still h
         TempFile temp(10 * page);
         with_stores(temp, [&](Store & store, ModelFile & file) {
             const uint64_t offset = 4 * page + 32, length = 4 * page - 64;
-            Window window(length, offset);
-            REQUIRE(store.map(file, window.pages, window.n_bytes, 4 * page) == 0);
+            Place place(store, file, length, offset);
             REQUIRE(truncate(temp.path.c_str(), (off_t) left) == 0);
-            CHECK(store.read(file, window.data, length, offset).os_error == ENODATA);
+            CHECK(store.read(file, place.data, length, offset).os_error == ENODATA);
             if (left > offset) {
-                CHECK(store.read(file, window.data, left - offset, offset).os_error == 0);
-                CHECK(std::memcmp(window.data, &temp.bytes[offset], left - offset) == 0);
+                CHECK(store.read(file, place.data, left - offset, offset).os_error == 0);
+                CHECK(std::memcmp(place.data, &temp.bytes[offset], left - offset) == 0);
             }
             TempFile again(10 * page);  // for the next store
             std::filesystem::copy_file(again.path, temp.path, std::filesystem::copy_options::overwrite_existing);
@@ -134,49 +126,24 @@ TEST_CASE("a slice that the file no longer holds is ENODATA, one that it still h
     }
 }
 
-TEST_CASE("dropped pages leave memory, their neighbours keep their bytes, and all can be read again") {
+TEST_CASE("dropped pages of a mapping leave memory, their neighbours keep their bytes, and all can be read again") {
     const uint64_t page = page_size();
     TempFile temp(8 * page);
     with_stores(temp, [&](Store & store, ModelFile & file) {
-        Window window(8 * page, 0);
-        REQUIRE(store.map(file, window.pages, window.n_bytes, 0) == 0);
-        REQUIRE(store.read(file, window.data, 8 * page, 0).os_error == 0);
-        CHECK(bytes_in_memory(window) == 8 * page);
-        store.drop(file, window.pages + 3 * page, 2 * page, 3 * page);
-        CHECK(std::memcmp(window.data, temp.bytes.data(), 3 * page) == 0);
-        CHECK(std::memcmp(window.data + 5 * page, &temp.bytes[5 * page], 3 * page) == 0);
-        store.drop(file, window.pages, 8 * page, 0);
-        CHECK(bytes_in_memory(window) == 0);
-        REQUIRE(store.read(file, window.data, 8 * page, 0).os_error == 0);
-        CHECK(std::memcmp(window.data, temp.bytes.data(), 8 * page) == 0);
-    });
-}
-
-TEST_CASE("pages move between windows of a store, where the kernel and the store can, and nothing else is touched") {
-    const uint64_t page = page_size();
-    TempFile temp(8 * page);
-    with_stores(temp, [&](Store & store, ModelFile & file) {
-        Window from(8 * page, 0), to(8 * page, 0);
-        REQUIRE(store.map(file, from.pages, from.n_bytes, 0) == 0);
-        REQUIRE(store.map(file, to.pages, to.n_bytes, 0) == 0);
-        REQUIRE(store.read(file, from.data, 8 * page, 0).os_error == 0);
-        REQUIRE(store.read(file, to.data, page, 0).os_error == 0);
-        const size_t moved = store.move(from.pages + page, to.pages + 2 * page, 3 * page);
-        if (moved == 0) {
-            CHECK(bytes_in_memory(from) == 8 * page);
-            MESSAGE("no page moved");
+        CHECK(store.maps() == (store.id() == SPAC_STORE_MMAP));
+        if (!store.maps()) {
+            CHECK(store.map(file, page, 0) == nullptr);
             return;
         }
-        CHECK(store.id() != SPAC_STORE_MMAP);
-        CHECK(moved == 3 * page);
-        CHECK(bytes_in_memory(from) == 5 * page);
-        CHECK(bytes_in_memory(to) == 4 * page);
-        CHECK(std::memcmp(to.data, temp.bytes.data(), page) == 0);
-        CHECK(std::memcmp(to.data + 2 * page, &temp.bytes[page], 3 * page) == 0);
-        CHECK(std::memcmp(from.data + 4 * page, &temp.bytes[4 * page], 4 * page) == 0);
-        CHECK(store.move(from.pages + 4 * page, to.pages + 4 * page, page) == 0);  // somebody's page is there
-        REQUIRE(store.read(file, from.data, 8 * page, 0).os_error == 0);
-        CHECK(std::memcmp(from.data, temp.bytes.data(), 8 * page) == 0);
+        Place place(store, file, 8 * page, 0);
+        REQUIRE(store.read(file, place.data, 8 * page, 0).os_error == 0);
+        CHECK(bytes_in_memory(place.pages, place.n_bytes) == 8 * page);
+        store.drop(file, place.pages + 3 * page, 2 * page, 3 * page);
+        CHECK(std::memcmp(place.data, temp.bytes.data(), 8 * page) == 0);
+        store.drop(file, place.pages, 8 * page, 0);
+        CHECK(bytes_in_memory(place.pages, place.n_bytes) == 0);
+        REQUIRE(store.read(file, place.data, 8 * page, 0).os_error == 0);
+        CHECK(std::memcmp(place.data, temp.bytes.data(), 8 * page) == 0);
     });
 }
 
@@ -242,9 +209,8 @@ TEST_CASE("a file that is not there is ENOENT with every store, an unknown store
 TEST_CASE("the mock store fails the reads that it was told to fail, other stores do not listen") {
     TempFile temp(page_size());
     with_stores(temp, [&](Store & store, ModelFile & file) {
-        Window window(100, 0);
-        REQUIRE(store.map(file, window.pages, window.n_bytes, 0) == 0);
-        const auto read = [&] { return store.read(file, window.data, 100, 0).os_error; };
+        Place place(store, file, 100, 0);
+        const auto read = [&] { return store.read(file, place.data, 100, 0).os_error; };
         read();
         mock_fail_reads(store, 1, 2, EIO);
         std::vector<int> errors;

@@ -11,8 +11,6 @@
 #include <random>
 #include <thread>
 
-#include <sys/mman.h>
-
 using spac::fail;
 using spac::guarded;
 
@@ -29,15 +27,6 @@ class Layer {
   public:
     std::shared_ptr<spac::Model> model = std::make_shared<spac::Model>();
 
-    Layer() = default;
-    Layer(const Layer &) = delete;
-    Layer & operator=(const Layer &) = delete;
-    ~Layer() {
-        if (window_ != MAP_FAILED) {
-            munmap(window_, window_bytes_);
-        }
-    }
-
     // SPAC_OK or SPAC_E_*
     int open(const spac_visits & test) {
         int os_error = 0;
@@ -53,36 +42,19 @@ class Layer {
             return fail(SPAC_E_ARGUMENT, std::string(test.path) + ": too small for visits of so many experts of this size");
         }
         model->groups.push_back(std::make_unique<spac::Group>());
-        const size_t page = spac::page_size(), bytes = (size_t) n_experts * test.slice_bytes;
-        const size_t range = (bytes + 2 * page - 1) / page * page;  // one window, wherever in a page it begins
-        window_bytes_ = n_parts * range + page;
-        window_       = mmap(nullptr, window_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (window_ == MAP_FAILED) {
-            return fail(SPAC_E_MEMORY, "no address space for a layer");
-        }
-        uint8_t * first = (uint8_t *) (((uintptr_t) window_ + page - 1) / page * page);
-        for (int part = 0; part < n_parts; ++part, first += range) {
+        for (int part = 0; part < n_parts; ++part) {
             auto tensor         = std::make_unique<spac::PagedTensor>();
             tensor->group       = model->groups.back().get();
             tensor->rank        = part + 1 == n_parts ? 1 : 0;
             tensor->n_experts   = n_experts;
             tensor->slice_bytes = test.slice_bytes;
             tensor->file        = &file;
-            tensor->offset      = (uint64_t) part * bytes;
-            tensor->data        = first + tensor->offset % page;
-            os_error = model->store->map(file, first, range, tensor->offset / page * page);
-            if (os_error != 0) {
-                return fail(SPAC_E_MEMORY, spac::os_message(test.path, "no address space for a layer of it", os_error));
-            }
+            tensor->offset      = (uint64_t) part * (uint64_t) n_experts * test.slice_bytes;
             model->tensors.push_back(std::move(tensor));
         }
         model->arrange();
         return SPAC_OK;
     }
-
-  private:
-    void * window_       = MAP_FAILED;
-    size_t window_bytes_ = 0;
 };
 
 // The other compute threads: they go through the experts of each op that is begun, and wait for the next one without sleeping.

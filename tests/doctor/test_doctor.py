@@ -40,7 +40,6 @@ def test_raspberry_pi_4(tree: Tree) -> None:
     assert "power supply" in found["voltage"][0].advice
     assert found["temperature"][0].level == Level.warning
     assert [(f.level, f.facts["disk"]) for f in found["swap"]] == [(Level.warning, "SD card")]
-    assert not found["moving pages"][0].facts["moves"]  # Linux 6.6
     disk = found["disk"][0]
     assert (disk.level, disk.facts["usb_mbit_per_s"], disk.facts["usb_driver"], disk.facts["link_bytes_per_s"]) == (Level.ok, 5000, "uas", 400e6)
     assert "cgroup_enable=memory" in found["control groups"][0].advice
@@ -65,7 +64,6 @@ def test_raspberry_pi_5(tree: Tree) -> None:
     assert found["voltage"][0].level == Level.ok
     assert found["zram"][0].level == Level.note
     assert "swap" not in found
-    assert found["moving pages"][0].facts["moves"]
     assert not [f for findings in found.values() for f in findings if f.level == Level.warning]
 
 
@@ -379,7 +377,7 @@ def test_a_real_file_has_pieces_or_the_file_system_does_not_tell(model_path: Pat
 
 
 def test_direct_reads_refused(model_path: Path) -> None:
-    (finding,) = [f for f in model_file.check(model_path, StoresProbe(4096, 0, 22, False, False)) if f.name == "direct reads"]
+    (finding,) = [f for f in model_file.check(model_path, StoresProbe(4096, 0, 22, False)) if f.name == "direct reads"]
     assert (finding.level, finding.facts) == (Level.note, {"direct_align": 0, "errno": 22})
     assert "EINVAL" in finding.text
 

@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define SPAC_ABI_VERSION 6
+#define SPAC_ABI_VERSION 7
 #define SPAC_EVENT_MAX_EXPERTS 32  // a token's experts beyond this many are counted, but not named in its event
 
 enum {
@@ -274,9 +274,7 @@ typedef struct spac_probe {
     uint64_t page_bytes;
     uint64_t direct_align;  // of direct reads of the file, bytes; 0 if they are refused
     int32_t  direct_error;  // errno of that, or 0
-    int32_t  moves;         // evicted pages can change hands (UFFDIO_MOVE)
     int32_t  populates;     // a mapping can be read in at once (MADV_POPULATE_READ)
-    int32_t  reserved;      // 0
 } spac_probe;
 
 // -- library --

@@ -1,8 +1,9 @@
-// Windows: where the bytes of a paged tensor lie when they are in memory, and what they cost in pages.
+// Slots: where the bytes of a paged tensor lie while they are in memory.
 //
-// A window is a range of reserved address space, congruent with the file offset to the page, so that whole pages are read in
-// place. A slice is one expert's part of a tensor. Slices do not end on page boundaries: a page on a boundary belongs to
-// every slice that touches it, is paid for once, and stays for as long as one of them is present.
+// A slice is one expert's part of a tensor. While it is present it has a slot to itself: whole pages, congruent with its place in
+// the file to the page, so that whole pages can be read in place. Slices of one size share a pool of slots, and what is evicted
+// leaves its slot, pages and all, to the slice that it made room for: the kernel need not find and zero others. Under a store that
+// maps the file a slice lies where the mapping has it.
 #pragma once
 
 #include "repack.h"
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace spac {
 
@@ -20,12 +22,41 @@ struct Model;
 struct Group;
 struct Op;
 
+// Slots of one size: reserved address space, filled page by page when it is written to.
+class SlotPool {
+  public:
+    SlotPool(size_t slot_bytes, int n_slots);  // throws if there is no address space
+    SlotPool(const SlotPool &) = delete;
+    SlotPool & operator=(const SlotPool &) = delete;
+    ~SlotPool();
+
+    uint8_t * take();                   // one that has no pages; there must be one
+    void      give_back(uint8_t * slot);  // and its pages
+
+    // All slots, for whoever counts pages.
+    uint8_t * begin() const { return begin_; }
+    size_t    size() const { return size_; }
+
+  private:
+    void use_huge_pages(int n_slots);
+
+    size_t    slot_bytes_;
+    size_t    stride_;             // from one slot to the next
+    size_t    size_;               // of the whole
+    uint8_t * begin_    = nullptr;
+    void *    mapped_   = nullptr;
+    size_t    n_mapped_ = 0;
+    int       n_huge_   = 0;       // slots with huge pages
+    std::vector<uint8_t *> free_;  // the last one is taken first
+};
+
 // A slice is present from the moment its read begins until it is evicted: both cost pages.
 enum class State : uint8_t { absent, queued, reading, resident, failed };
 
 struct Slice {
     std::atomic<State>   state{ State::absent };
     std::atomic<int32_t> users{ 0 };    // compute threads inside; a slice in use is never evicted
+    uint8_t *            slot = nullptr;  // while it is present, of a store that does not map; changed under the pager's mutex
     // the rest is guarded by the pager's mutex
     int32_t  upcoming = 0;              // ops that will still use it; evicted only for the slice that an op needs next
     bool     was_read = false;
@@ -51,14 +82,22 @@ struct PagedTensor {
     int         n_experts   = 0;
     size_t      slice_bytes = 0;
     size_t      piece_bytes = 0;        // a slice is read in pieces of this size, the last one may be smaller
-    uint8_t *   data        = nullptr;  // of expert 0
+    size_t      slot_bytes  = 0;        // that a present slice costs: whole pages
     ModelFile * file        = nullptr;
     uint64_t    offset      = 0;        // of expert 0 in the file
+    SlotPool *  slots       = nullptr;  // null: the store maps the file
+    std::shared_ptr<uint8_t> mapped;    // then expert 0
     std::unique_ptr<Repacker> repacker; // null: slices stay as they are in the file
     std::unique_ptr<Slice[]> slices;
 
-    uint8_t * slice_data(int expert) const { return data + (size_t) expert * slice_bytes; }
-    uint64_t  slice_offset(int expert) const { return offset + (uint64_t) expert * slice_bytes; }
+    uint64_t slice_offset(int expert) const { return offset + (uint64_t) expert * slice_bytes; }
+    size_t   misplaced(int expert) const { return slice_offset(expert) % page_size(); }  // from where a page begins
+    // Of a present slice.
+    uint8_t * slice_data(int expert) const {
+        return mapped ? mapped.get() + (size_t) expert * slice_bytes : slices[expert].slot + misplaced(expert);
+    }
+    // Bytes of the pages that the slice touches, of the one that touches most.
+    size_t most_page_bytes() const;
 
     int    n_pieces() const { return (int) ((slice_bytes + piece_bytes - 1) / piece_bytes); }
     size_t piece_begin(int piece) const { return (size_t) piece * piece_bytes; }
@@ -69,24 +108,9 @@ struct PagedTensor {
         return s == State::reading || s == State::resident;
     }
 
-    // Bytes of the pages that only this slice keeps, or would bring, given which neighbours are present.
-    size_t own_page_bytes(int expert) const;
-    // The same as an address range of whole pages; length 0 if there are none.
-    void own_pages(int expert, uint8_t *& address, size_t & length) const;
-    // Those that no neighbour touches, present or not.
-    void inner_pages(int expert, uint8_t *& begin, uint8_t *& end) const;
-    // Bytes from begin on, up to end at most, that are one mapping to the kernel: huge pages are another.
-    size_t same_mapping(int expert, const uint8_t * begin, const uint8_t * end) const;
-    // Bytes of all pages that the slice touches.
-    size_t page_bytes(int expert) const;
-    // Lets the kernel use huge pages where one lies within one slice: it comes and goes with the slice, and costs what it holds.
-    // Filling it takes one fault instead of hundreds. For anonymous memory. Each such range is a mapping of its own to the kernel,
-    // and so is what lies before it: stops at that many ranges. Returns how many there are.
-    int use_huge_pages(int at_most) const;
-
-  private:
-    bool neighbour_on_page(int expert, uintptr_t page) const;
-    bool huge_pages(int expert, uintptr_t & first, uintptr_t & last) const;
+    void occupy(int expert);  // takes a slot, unless it was left one
+    bool leave(int expert, PagedTensor & heir, int heir_expert);  // its slot to the heir; false: that needs none, or another
+    void vacate(int expert);  // gives its pages back
 };
 
 }  // namespace spac
