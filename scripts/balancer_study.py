@@ -2,7 +2,7 @@
 """Whether the balancer's integer program earns its keep: its time, its plans beside simpler ones, and quotas by layer.
 
     .venv/bin/python scripts/balancer_study.py TRACE.npz… [--deepseek FOLDER] [--out FILE]
-    .venv/bin/python scripts/balancer_study.py --states 60 --out docs/benchmarks/balancer-times.md       # times alone
+    .venv/bin/python scripts/balancer_study.py --states 60       # times alone
 
 TRACE: as `spac trace` reads it (`scripts/trace_demo.py build/demo/trace.npz`). FOLDER: see scripts/estimator_study.py. Everything
 that is learned is learned on the first half of a trace's requests; misses and costs are of the second half. Times of solving are

@@ -10,6 +10,7 @@
     scripts/inflate WORK/target.gguf models/spac-demo-moe.gguf --factor 1 --type Q4_0
     cp WORK/draft.gguf models/spac-demo-draft.gguf
     scripts/train_demo.py card     WORK            # models/README.md and models/training.json: what was trained on what, and how well
+    scripts/distill_draft.py       WORK            # the draft once more, on a GPU
 
 The architecture is what llama.cpp computes for these two names (src/models/qwen3moe.cpp, qwen3.cpp); this file knows nothing
 of paging. Experts are computed as batched matrix products over [expert, slot, channel], never in a loop over experts.
@@ -588,7 +589,7 @@ learn by themselves. Their weights by time, in `training.json`, were set by hand
 | minutes | target, held-out loss | LRU hit rate | draft, held-out loss |
 |---|---|---|---|
 {curve}
-{refined}
+{distilled}
 ## What makes it a fair stand-in
 
 On text that it never saw (greedy, 32 pieces of 256 tokens, one LRU cache of 25 % of the experts for each layer, one cold start):
@@ -608,11 +609,11 @@ Use of experts by layer on that text, most used to least, each column an expert 
 ```
 """
 
-REFINED = """
-Then the draft was trained further on what the target writes (`scripts/sample_demo.py`, `scripts/refine_draft.py`; seed {seed}): {steps} steps in {minutes:g} minutes (runs: {runs}) on
-{tokens:,} tokens, with the target's probabilities of its likeliest tokens at every place. On such text that it never saw, its likeliest
-token is the target's in {before_own:.1%} of places before and {after_own:.1%} after; on documents that neither saw in {before_documents:.1%} and {after_documents:.1%}. The draft's losses below and
-above are those before.
+DISTILLED = """
+Then the draft was distilled further, on what the target writes (`scripts/distill_draft.py`; seed {seed}): {steps} steps in {minutes:g} minutes of one {device} on
+{tokens:,} tokens, a quarter of them training text, the others of {written:,} tokens that the target wrote meanwhile. On text that it begins after documents that
+neither saw, the draft's likeliest token is the target's in {before_own:.1%} of places before and {after_own:.1%} after; on those documents in {before_documents:.1%} and
+{after_documents:.1%}. The draft's losses below and above are those before.
 """
 
 
@@ -622,11 +623,11 @@ def card(work: Path) -> None:
 
 
 def write_card(parts: dict[str, Any]) -> None:
-    """Writes models/README.md and models/training.json: of each step its report; "refined", the runs of scripts/refine_draft.py, may be missing."""
+    """Writes models/README.md and models/training.json: of each step its report; "distilled", that of scripts/distill_draft.py, may be missing."""
     corpus, target, draft, evaluation = (parts[name] for name in ("corpus", "target", "draft", "evaluation"))
     use = np.array(evaluation["expert_use_by_layer"], dtype=float)
     use = -np.sort(-use / use.sum(1, keepdims=True), axis=1)
-    refined = parts.get("refined", [])
+    distilled = parts.get("distilled")
     blocks = " ▁▂▃▄▅▆▇█"
     histogram = [f"{i:2d} " + "".join(blocks[max(1, round(8 * share / use.max()))] for share in layer) for i, layer in enumerate(use)]
     every = max(1, len(target["loss_curve"]) // 12)
@@ -644,11 +645,10 @@ def write_card(parts: dict[str, Any]) -> None:
         steps=target["steps"], batch=target["batch"], sequence=c["sequence"], rate=target["peak_rate"], draft_steps=draft["steps"],
         curve="\n".join(curve), lru=rates["mean"], lru_layers=", ".join(f"{r:.2f}" for r in rates["by_layer"]),
         shared=evaluation["experts_shared_with_the_token_before"],
-        accepted=refined[-1]["after"]["documents"] if refined else evaluation["draft_greedy_agreement"],
-        refined="" if not refined else REFINED.format(
-            seed=refined[0]["seed"], runs=len(refined), steps=sum(r["steps"] for r in refined), minutes=sum(r["minutes"] for r in refined),
-            tokens=refined[-1]["sequences"] * c["sequence"], before_own=refined[0]["before"]["own_text"], after_own=refined[-1]["after"]["own_text"],
-            before_documents=refined[0]["before"]["documents"], after_documents=refined[-1]["after"]["documents"],
+        accepted=distilled["after"]["documents"] if distilled else evaluation["draft_greedy_agreement"],
+        distilled="" if not distilled else DISTILLED.format(
+            **{name: distilled[name] for name in ("seed", "steps", "minutes", "device", "tokens")}, written=distilled["written_tokens"],
+            **{f"{when}_{what}": distilled[when][text] for when in ("before", "after") for what, text in (("own", "own_text"), ("documents", "documents"))},
         ),
         target_loss=evaluation["held_out_loss"]["target"], draft_loss=evaluation["held_out_loss"]["draft"], top=use.max(),
         even=1 / c["n_experts"], histogram="\n".join(histogram),
