@@ -42,7 +42,7 @@ MOST_VERIFIED: Final = 4
 MOST_DRAFTED: Final = 4
 # Part of the misses that one more token's experts save if it is known, by its distance: docs/benchmarks/lookahead-misses.md ("known",
 # both models, a quarter of the experts).
-SAVED_BY_KNOWN: Final = (0.07, 0.05, 0.04, 0.03)
+SAVED_BY_KNOWN: Final = (0.07, 0.05, 0.04, 0.04)
 GUESSED_SLOPE: Final = 0.25  # computing one more token, in that of one, before it was measured
 GUESSED_LOOKAHEAD: Final = Lookahead(0.05, 0.8)  # before anything was read ahead
 LEAST_AHEAD_BYTES: Final = 1 << 20  # by decode, to be measured
@@ -130,7 +130,7 @@ class Measured:
             return
         if self.accepted[0].value is not None:
             self.draft_s.add(seconds / len(chances))
-        for means, values in ((self.accepted, chances), (self.known, known)):
+        for means, values in ((self.accepted, chances), (self.known, gone_on(known, MOST_DRAFTED))):
             for mean, value in zip(means, values, strict=False):
                 mean.add(value)
 
@@ -147,6 +147,14 @@ class Measured:
         # a budget is no running mean: it changes for good
         budget = abs(self.budget_bytes - marks[-1]) > 0.05 * marks[-1]
         return moved or budget or abs(self.accepted[0].get() - chance) > CHANGED_CHANCE
+
+
+def gone_on(values: Sequence[float], n: int) -> list[float]:
+    """Chances that fall along a proposal, n of them: a shorter proposal goes on as it ended, or what was drafted no longer would stay as
+    it was."""
+    last = values[-1] if values else 0.0
+    ratio = min(1.0, last / values[-2]) if len(values) > 1 and values[-2] > 0 else last
+    return [*values, *(last * ratio**i for i in range(1, n - len(values) + 1))]
 
 
 @dataclass(frozen=True)
@@ -258,6 +266,14 @@ class LiveBalancer:
     def waits_for_reads(self) -> bool:
         """Whether decoding waits for longer than it computes. Else the fifth of its waiting that a draft may save is less than drafting."""
         return self.measured.stall_s.get() > self.measured.compute_s[0].get()
+
+    @property
+    def most_verified(self) -> int:
+        """How many drafted tokens to verify at most. Before the first plan as many as one likes, but none where decoding waits for reads:
+        one more would take nearly as long as a decode of its own."""
+        if self.choice is not None:
+            return self.choice.verified
+        return 0 if self.measured.stall_s.value is None or self.waits_for_reads else MOST_VERIFIED
 
     def decoded(self, decode: Decode) -> None:
         """A decode is done; a plan is asked for if it is time."""

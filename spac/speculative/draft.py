@@ -25,6 +25,7 @@ from spac.plan import Plan
 
 # tokens: a long prompt is evaluated in more steps, but buffers that would be idle afterwards stay small
 DRAFT_UBATCH: Final = 128
+BYTES_OF_THREAD: Final = 8 << 20  # of weights, from which one more thread pays for waiting: DraftLlama
 N_OTHERS: Final = 5  # alternatives to each drafted token
 # vocabularies of a family differ in padding at the end and in control tokens at the beginning: upstream's common/speculative.cpp
 MAX_SIZE_DIFFERENCE: Final = 128
@@ -173,7 +174,8 @@ class DraftLlama(Llama):
     """A `spac.Llama` that leaves to the target what it can: load it first, with the same `memory`, which bounds both.
 
     Its weights are read past the page cache even where all fits, compute buffers are small, and there are logits for the
-    last token only. Experts, if it has any, share the budget with the target's: load both with paging="on" then.
+    last token only. A small one has one thread: threads that wait for each other in each of its many small steps wait for tens of
+    milliseconds when one of them loses its processor to a thread that reads. Experts, if it has any, share the budget with the target's: load both with paging="on" then.
     """
 
     def __init__(self, model_path: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -185,6 +187,7 @@ class DraftLlama(Llama):
     def _adjust_context(self, context_params: Any) -> None:
         super()._adjust_context(context_params)
         context_params.n_outputs_max = 1
+        context_params.n_threads = min(context_params.n_threads, 1 + self.spac.facts.dense_bytes // BYTES_OF_THREAD)
 
 
 class NgramDraft(Draft):

@@ -174,11 +174,9 @@ class Speculation:
             draft.close()
 
     def _most_verified(self, llama: Llama) -> int:
-        """A number that was asked for is kept to; else none where the last plan says that none pays."""
+        """A number that was asked for is kept to; else the last plan's."""
         balancer = llama.spac.balancer()
-        if balancer is None or balancer.choice is None or isinstance(self._length, FixedLength):
-            return MOST_VERIFIED
-        return MOST_VERIFIED if balancer.choice.verified else 0
+        return MOST_VERIFIED if balancer is None or isinstance(self._length, FixedLength) else balancer.most_verified
 
     def _evaluate(self, llama: Llama, sequence: list[int], drafted: list[int]) -> list[int]:
         """Evaluate what the context lacks of the sequence, and drafted tokens after it; returns those that were."""

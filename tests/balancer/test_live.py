@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -12,8 +13,8 @@ import pytest
 
 from spac.balancer import live
 from spac.balancer.heuristics import greedy
-from spac.balancer.live import Decode, LiveBalancer, Measured, Model
-from spac.balancer.state import Plan, State
+from spac.balancer.live import MOST_VERIFIED, Decode, LiveBalancer, Measured, Model, gone_on
+from spac.balancer.state import Choice, Plan, State
 from spac.errors import BudgetError
 
 MIB = 1 << 20
@@ -244,3 +245,25 @@ def test_a_planner_that_fails_is_said_once_and_the_last_plan_stays(caplog: pytes
     assert choice is not None
     assert balancer.choice == choice
     assert [record.message for record in caplog.records] == ["the balancer ends, the last plan stays: no plan is possible"]
+
+
+def test_a_shorter_proposal_goes_on_as_it_ended() -> None:
+    """What was drafted no longer would stay as it was first seen."""
+    assert gone_on([0.8, 0.4], 4) == pytest.approx([0.8, 0.4, 0.2, 0.1])
+    assert gone_on([0.8], 3) == pytest.approx([0.8, 0.64, 0.512])
+    assert gone_on([0.5, 0.5, 0.5, 0.5], 4) == [0.5, 0.5, 0.5, 0.5]
+    assert gone_on([0.0, 0.0], 3) == [0.0, 0.0, 0.0]
+    measured = Measured()
+    measured.drafted([0.5], [0.5], 0.01)
+    assert [mean.get() for mean in measured.known] == pytest.approx([0.5, 0.25, 0.125, 0.0625])
+    assert [mean.value is None for mean in measured.accepted] == [False, True, True, True]
+
+
+def test_nothing_is_verified_before_the_first_plan_where_decoding_waits_for_reads() -> None:
+    for decode, most in ((WAITING, 0), (replace(WAITING, stall_s=0.0), MOST_VERIFIED)):
+        with contextlib.closing(LiveBalancer(MODEL)) as balancer:
+            assert balancer.most_verified == 0  # nothing is known yet
+            balancer.decoded(decode)
+            assert balancer.most_verified == most
+            balancer.choice = Choice(verified=2, drafted=3, depth=0, in_flight=1)
+            assert balancer.most_verified == 2

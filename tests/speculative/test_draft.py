@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import llama_cpp.llama_cpp as upstream
 import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
 import spac
+from spac.speculative import draft as draft_module
 from spac.speculative.draft import Acceptance, DraftLlama, ForeignDraft, ModelDraft, NgramDraft, Proposal, check_vocabulary, common_prefix
 
 TEXT = b"The open() system call opens the file specified by pathname. If the specified file does not exist,"
@@ -188,3 +190,12 @@ def test_acceptance_of_another_sequence_is_not_judged() -> None:
     acceptance.begin()
     acceptance.saw(0)
     assert acceptance.chance(0, 0.5) == pytest.approx(0.5)
+
+
+def test_a_small_draft_has_one_thread(dense_path: Path) -> None:
+    for bytes_of_thread, n_threads in ((draft_module.BYTES_OF_THREAD, 1), (1, 2)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(draft_module, "BYTES_OF_THREAD", bytes_of_thread)
+            llama = DraftLlama(dense_path, memory="4G", n_ctx=256, n_threads=2, verbose=False)
+            assert upstream.llama_n_threads(llama._ctx.ctx) == n_threads
+            llama.close()
