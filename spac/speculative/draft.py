@@ -174,8 +174,9 @@ class DraftLlama(Llama):
     """A `spac.Llama` that leaves to the target what it can: load it first, with the same `memory`, which bounds both.
 
     Its weights are read past the page cache even where all fits, compute buffers are small, and there are logits for the
-    last token only. A small one has one thread: threads that wait for each other in each of its many small steps wait for tens of
-    milliseconds when one of them loses its processor to a thread that reads. Experts, if it has any, share the budget with the target's: load both with paging="on" then.
+    last token only. A small one has one thread: threads that wait for each other in each of its many small steps wait for tens
+    of milliseconds when one of them loses its processor to a thread that reads. Experts, if it has any, share the budget with
+    the target's: load both with paging="on" then.
     """
 
     def __init__(self, model_path: str | os.PathLike[str], **kwargs: Any) -> None:
