@@ -252,7 +252,7 @@ def test_round_trip_is_exact(patched: Checkout) -> None:
     patched.ok("fetch")
     patched.ok("export")
     assert {path.name: path.read_bytes() for path in patched.patches.iterdir()} == before
-    assert "2 patches, 5 changed lines (limit 224), round trip exact" in patched.ok("check")
+    assert "2 patches, 5 changed lines (limit 249), round trip exact" in patched.ok("check")
 
 
 def test_export_keeps_a_patch_file_name(patched: Checkout) -> None:
@@ -302,9 +302,9 @@ def test_check_wants_every_section(checkout: Checkout, section: str) -> None:
 
 def test_check_holds_the_line_limit(checkout: Checkout) -> None:
     checkout.ok("fetch")
-    checkout.commit("int line_3;\n", "int more;\n" * 224, "llama : say it all")
+    checkout.commit("int line_3;\n", "int more;\n" * 249, "llama : say it all")
     checkout.ok("export")
-    assert "225 changed lines, the limit is 224" in checkout.fails("check")
+    assert "250 changed lines, the limit is 249" in checkout.fails("check")
 
 
 @pytest.mark.parametrize("cut", [r"(?s)\Adiff.*?\n", r"(?s)\n int line_\d+;\n\Z", r"(?s)\ndiff --git.*"])

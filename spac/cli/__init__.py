@@ -85,7 +85,9 @@ def _run(arguments: list[str]) -> int:
         # the reader left; keep Python from complaining when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
+    except (MemoryError, ImportError, RuntimeError) as e:
+        if not _is_out_of_memory(e):
+            raise
         print("spac: out of memory; lower --ctx or --memory", file=sys.stderr)
         return 1
     except OSError as e:
@@ -93,3 +95,13 @@ def _run(arguments: list[str]) -> int:
             raise
         print(f"spac: {e}", file=sys.stderr)
         return 1
+
+
+def _is_out_of_memory(e: BaseException) -> bool:
+    """Where address space is short (ulimit -v), a library cannot be mapped or a thread not be started."""
+    return (
+        isinstance(e, MemoryError)
+        or "failed to map segment" in str(e)
+        or "can't start new thread" in str(e)
+        or (e.__context__ is not None and _is_out_of_memory(e.__context__))
+    )
