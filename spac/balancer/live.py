@@ -292,8 +292,9 @@ class LiveBalancer:
         with self._wake:
             self._asked = self._model.state(self.measured, self.has_drafted, self.verifies)
             if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="spac-balancer", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="spac-balancer", daemon=True)
+                thread.start()
+                self._thread = thread  # that can be joined
             self._wake.notify()
 
     def close(self) -> None:
