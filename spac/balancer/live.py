@@ -269,11 +269,14 @@ class LiveBalancer:
 
     @property
     def most_verified(self) -> int:
-        """How many drafted tokens to verify at most. Before the first plan as many as one likes, but none where decoding waits for reads:
-        one more would take nearly as long as a decode of its own."""
+        """How many drafted tokens to verify at most: none where decoding waits for reads, since one more takes nearly as long as
+        a decode of its own there, and what is measured of decodes that verify none must not grow old. Else the last plan's, or
+        any before the first."""
+        if self.waits_for_reads:
+            return 0
         if self.choice is not None:
             return self.choice.verified
-        return 0 if self.measured.stall_s.value is None or self.waits_for_reads else MOST_VERIFIED
+        return 0 if self.measured.stall_s.value is None else MOST_VERIFIED
 
     def decoded(self, decode: Decode) -> None:
         """A decode is done; a plan is asked for if it is time."""
