@@ -131,6 +131,7 @@ def test_a_small_limit_pages(model_path: Path) -> None:
         assert stats is not None
         assert info is not None
         assert info.floor_bytes <= stats.budget_bytes < info.expert_page_bytes
+        assert info.max_bundle_bytes == llama.spac.facts.max_bundle_bytes  # by the header alone
 
 
 # -- counters and events --
