@@ -32,6 +32,7 @@ static std::atomic<int> n_huge_slots{ 0 };  // of all pools
 
 SlotPool::SlotPool(size_t slot_bytes, int n_slots) : slot_bytes_(slot_bytes) {
     const size_t huge = huge_page_size(), align = huge > 0 && huge <= slot_bytes ? huge : page_size();
+    free_.reserve((size_t) n_slots);  // first: if it fails, there is nothing to undo
     stride_   = (slot_bytes + align - 1) / align * align;
     size_     = stride_ * (size_t) n_slots;
     n_mapped_ = size_ + align;  // the kernel may give less aligned
@@ -46,7 +47,6 @@ SlotPool::SlotPool(size_t slot_bytes, int n_slots) : slot_bytes_(slot_bytes) {
     if (align == huge) {
         use_huge_pages(n_slots);
     }
-    free_.reserve((size_t) n_slots);
     for (int i = n_slots; i-- > 0;) {
         free_.push_back(begin_ + (size_t) i * stride_);
     }
@@ -82,11 +82,14 @@ void SlotPool::give_back(uint8_t * slot) {
 // tensors
 //
 
+size_t PagedTensor::page_bytes(int expert) const {
+    return (misplaced(expert) + slice_bytes + page_size() - 1) / page_size() * page_size();
+}
+
 size_t PagedTensor::most_page_bytes() const {
-    const size_t page = page_size();
     size_t most = 0;
     for (int e = 0; e < n_experts; ++e) {
-        most = std::max(most, (misplaced(e) + slice_bytes + page - 1) / page * page);
+        most = std::max(most, page_bytes(e));
     }
     return most;
 }
@@ -115,8 +118,7 @@ void PagedTensor::vacate(int expert) {
     }
     // a page that a neighbour touches, too, comes back by itself when it is looked at
     const size_t before = misplaced(expert);
-    model->store->drop(*file, slice_data(expert) - before, (before + slice_bytes + page_size() - 1) / page_size() * page_size(),
-                       slice_offset(expert) - before);
+    model->store->drop(*file, slice_data(expert) - before, page_bytes(expert), slice_offset(expert) - before);
 }
 
 }  // namespace spac

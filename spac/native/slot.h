@@ -96,7 +96,8 @@ struct PagedTensor {
     uint8_t * slice_data(int expert) const {
         return mapped ? mapped.get() + (size_t) expert * slice_bytes : slices[expert].slot + misplaced(expert);
     }
-    // Bytes of the pages that the slice touches, of the one that touches most.
+    // Of all pages that the slice touches; and of the slice that touches most.
+    size_t page_bytes(int expert) const;
     size_t most_page_bytes() const;
 
     int    n_pieces() const { return (int) ((slice_bytes + piece_bytes - 1) / piece_bytes); }

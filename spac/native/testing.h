@@ -335,7 +335,7 @@ inline void check_accounts(const Pager & pager, std::initializer_list<const Test
             for (int e = 0; e < tensor->n_experts; ++e) {
                 CHECK((tensor->slices[e].slot != nullptr) == (tensor->present(e) && tensor->slots));
                 bytes += tensor->present(e) ? tensor->slot_bytes : 0;
-                touched += tensor->present(e) ? (tensor->misplaced(e) + tensor->slice_bytes + page_size() - 1) / page_size() * page_size() : 0;
+                touched += tensor->present(e) ? tensor->page_bytes(e) : 0;
             }
         }
         CHECK(m->model->used_bytes == bytes);

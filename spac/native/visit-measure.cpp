@@ -22,40 +22,34 @@ constexpr int n_parts     = 3;    // gate, up, down
 constexpr int max_experts = 256;  // of the layer
 constexpr int max_threads = 1024;
 
-// One layer whose tensors lie in the file one after another.
-class Layer {
-  public:
-    std::shared_ptr<spac::Model> model = std::make_shared<spac::Model>();
-
-    // SPAC_OK or SPAC_E_*
-    int open(const spac_visits & test) {
-        int os_error = 0;
-        model->store = spac::open_store(test.store, test.path, os_error);
-        model->files.push_back(std::make_unique<spac::ModelFile>());
-        spac::ModelFile & file = *model->files.back();
-        file.path = test.path;
-        if (!model->store || (os_error = model->store->open(file)) != 0) {
-            return fail(SPAC_E_IO, spac::os_message(test.path, "cannot be read from", os_error));
-        }
-        const int n_experts = (int) std::min<uint64_t>(file.size / n_parts / test.slice_bytes, max_experts);
-        if (n_experts < 3 * test.n_missing) {
-            return fail(SPAC_E_ARGUMENT, std::string(test.path) + ": too small for visits of so many experts of this size");
-        }
-        model->groups.push_back(std::make_unique<spac::Group>());
-        for (int part = 0; part < n_parts; ++part) {
-            auto tensor         = std::make_unique<spac::PagedTensor>();
-            tensor->group       = model->groups.back().get();
-            tensor->rank        = part + 1 == n_parts ? 1 : 0;
-            tensor->n_experts   = n_experts;
-            tensor->slice_bytes = test.slice_bytes;
-            tensor->file        = &file;
-            tensor->offset      = (uint64_t) part * (uint64_t) n_experts * test.slice_bytes;
-            model->tensors.push_back(std::move(tensor));
-        }
-        model->arrange();
-        return SPAC_OK;
+// Makes the model of one layer whose tensors lie in the file one after another. SPAC_OK or SPAC_E_*.
+int open_layer(spac::Model & model, const spac_visits & test) {
+    int os_error = 0;
+    model.store = spac::open_store(test.store, test.path, os_error);
+    model.files.push_back(std::make_unique<spac::ModelFile>());
+    spac::ModelFile & file = *model.files.back();
+    file.path = test.path;
+    if (!model.store || (os_error = model.store->open(file)) != 0) {
+        return fail(SPAC_E_IO, spac::os_message(test.path, "cannot be read from", os_error));
     }
-};
+    const int n_experts = (int) std::min<uint64_t>(file.size / n_parts / test.slice_bytes, max_experts);
+    if (n_experts < 3 * test.n_missing) {
+        return fail(SPAC_E_ARGUMENT, std::string(test.path) + ": too small for visits of so many experts of this size");
+    }
+    model.groups.push_back(std::make_unique<spac::Group>());
+    for (int part = 0; part < n_parts; ++part) {
+        auto tensor         = std::make_unique<spac::PagedTensor>();
+        tensor->group       = model.groups.back().get();
+        tensor->rank        = part + 1 == n_parts ? 1 : 0;
+        tensor->n_experts   = n_experts;
+        tensor->slice_bytes = test.slice_bytes;
+        tensor->file        = &file;
+        tensor->offset      = (uint64_t) part * (uint64_t) n_experts * test.slice_bytes;
+        model.tensors.push_back(std::move(tensor));
+    }
+    model.arrange();
+    return SPAC_OK;
+}
 
 // The other compute threads: they go through the experts of each op that is begun, and wait for the next one without sleeping.
 class Team {
@@ -124,13 +118,13 @@ class Team {
 };
 
 int measure_visits(spac_visits & test) {
-    Layer layer;
-    if (const int code = layer.open(test); code != SPAC_OK) {
+    const auto layer = std::make_shared<spac::Model>();
+    spac::Model & model = *layer;
+    if (const int code = open_layer(model, test); code != SPAC_OK) {
         return code;
     }
-    spac::Model & model = *layer.model;
     spac::Pager   pager(model.floor_bytes() + (uint64_t) test.n_missing * model.max_bundle_bytes);
-    pager.add_model(layer.model, test.n_io_threads);
+    pager.add_model(layer, test.n_io_threads);
     {
         Team team(pager, test.n_threads);
         // each expert's turn comes when the others have had theirs, so that it is not in memory any more
