@@ -269,14 +269,10 @@ class LiveBalancer:
 
     @property
     def most_verified(self) -> int:
-        """How many drafted tokens to verify at most: none where decoding waits for reads, since one more takes nearly as long as
-        a decode of its own there, and what is measured of decodes that verify none must not grow old. Else the last plan's, or
-        any before the first."""
-        if self.waits_for_reads:
-            return 0
+        """How many drafted tokens to verify at most: the last plan's; before the first, any if it is known that decoding does not wait."""
         if self.choice is not None:
             return self.choice.verified
-        return 0 if self.measured.stall_s.value is None else MOST_VERIFIED
+        return 0 if self.waits_for_reads or self.measured.stall_s.value is None else MOST_VERIFIED
 
     def decoded(self, decode: Decode) -> None:
         """A decode is done; a plan is asked for if it is time."""
@@ -293,7 +289,9 @@ class LiveBalancer:
             return
         self._marks, self._steps = (self.measured.marks(), self.measured.accepted[0].get()), 0
         with self._wake:
-            self._asked = self._model.state(self.measured, self.has_drafted, self.verifies)
+            # where decoding waits for reads a verified token takes nearly as long as a decode of its own, and what is measured
+            # of decodes that verify none must not grow old
+            self._asked = self._model.state(self.measured, self.has_drafted, self.verifies and not self.waits_for_reads)
             if self._thread is None and not self._closed:
                 thread = threading.Thread(target=self._run, name="spac-balancer", daemon=True)
                 thread.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import threading
@@ -259,11 +258,22 @@ def test_a_shorter_proposal_goes_on_as_it_ended() -> None:
     assert [mean.value is None for mean in measured.accepted] == [False, True, True, True]
 
 
-def test_nothing_is_verified_where_decoding_waits_for_reads() -> None:
-    for decode, most, planned_most in ((WAITING, 0, 0), (replace(WAITING, stall_s=0.0), MOST_VERIFIED, 2)):
-        with contextlib.closing(LiveBalancer(MODEL)) as balancer:
-            assert balancer.most_verified == 0  # nothing is known yet
-            balancer.decoded(decode)
-            assert balancer.most_verified == most
-            balancer.choice = Choice(verified=2, drafted=3, depth=0, in_flight=1)
-            assert balancer.most_verified == planned_most
+@pytest.mark.parametrize(("decode", "most"), [(WAITING, 0), (replace(WAITING, stall_s=0.0), MOST_VERIFIED)])
+def test_before_a_plan_nothing_is_verified_where_decoding_waits_for_reads(balancer: LiveBalancer, decode: Decode, most: int) -> None:
+    assert balancer.most_verified == 0  # nothing is known yet
+    balancer.decoded(decode)
+    assert balancer.most_verified == most
+    balancer.choice = Choice(verified=2, drafted=3)
+    assert balancer.most_verified == 2
+
+
+@pytest.mark.parametrize(("stall_s", "verified"), [(0.060, False), (0.040, True)])
+def test_no_plan_verifies_where_decoding_waits_for_reads(balancer: LiveBalancer, stall_s: float, verified: bool) -> None:
+    """Though it would save time here: a verified token misses next to nothing."""
+    waiting = Decode(0, 0.100, stall_s, misses=20, read_bytes=20 * 12 * MIB, ahead_bytes=0, wasted_bytes=0, budget_bytes=160 * 12 * MIB)
+    for n in range(2):
+        feed(balancer, replace(waiting, verified=n, misses=20 + n), live.FIRST_PLAN, chance=0.95, draft_s=0.001)
+    balancer.ask()
+    planned(balancer, 2)
+    assert balancer.choice is not None
+    assert (balancer.choice.verified > 0) == verified
