@@ -196,7 +196,7 @@ class Foresight:
         self._now, self._after = p[0], coming[0] if drafts and len(tokens) == 1 else None
         now = 1 - np.prod(1 - p[: len(tokens)], axis=0) if "tokens" in self.signals else np.zeros_like(p[0])
         control.foresee(self._model_id, foresight(now, coming), read_from)
-        self._lookup_s = time.perf_counter() - begin if drafts else 0.0
+        self._lookup_s = (time.perf_counter() - begin) * len(drafts) / (len(tokens) + len(drafts))  # known tokens are looked up anyway
 
     def after(self, position: int, tokens: list[int] | None) -> None:
         """They were decoded."""

@@ -46,6 +46,8 @@ MOST_DRAFTED: Final = 4
 SAVED_BY_KNOWN: Final = (0.07, 0.05, 0.04, 0.04)
 GUESSED_SLOPE: Final = 0.25  # computing one more token, in that of one, before it was measured
 GUESSED_LOOKAHEAD: Final = Lookahead(0.05, 0.8)  # before anything was read ahead
+LEAST_DECODES: Final = 8  # that tell what a byte costs
+MOST_OF_WAITING: Final = 1.5  # what reads are said to take at most, in what was waited for them
 LEAST_AHEAD_BYTES: Final = 1 << 20  # by decode, to be measured
 
 
@@ -88,13 +90,40 @@ class Decode:
     budget_bytes: int
 
 
+class ReadCost:
+    """What a decode's reads take of its time: the slope of time over bytes read, by least squares on which old decodes fade.
+
+    That is more than is waited for, since reading takes the processors from computing as well (docs/balancer.md)."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._bytes, self._seconds, self._squares, self._products = (Mean(SLOW) for _ in range(4))
+
+    def add(self, decode: Decode) -> None:
+        """A decode that verified nothing: others compute more."""
+        self._n += 1
+        self._bytes.add(decode.read_bytes)
+        self._seconds.add(decode.seconds)
+        self._squares.add(decode.read_bytes**2)
+        self._products.add(decode.read_bytes * decode.seconds)
+
+    def seconds(self, decode: Decode) -> float:
+        """Of this decode; never less than it waited, nor more than `MOST_OF_WAITING` times that."""
+        variance = self._squares.get() - self._bytes.get() ** 2
+        if self._n < LEAST_DECODES or variance < (self._bytes.get() / 100) ** 2:  # all read alike
+            return decode.stall_s
+        slope = (self._products.get() - self._bytes.get() * self._seconds.get()) / variance
+        return min(max(decode.stall_s, slope * decode.read_bytes), MOST_OF_WAITING * decode.stall_s, decode.seconds)
+
+
 @dataclass
 class Measured:
     """Running means of what plans hang on.
 
     Attributes:
-        compute_s: of a decode, by how many drafted tokens it verified; `growth`: its misses, in those of a decode that verified none.
-        misses, stall_s: of a decode that verified none.
+        compute_s: of a decode without its reads, by how many drafted tokens it verified; `growth`: its misses, in those of a decode
+            that verified none.
+        misses, reading_s: of a decode that verified none; `reading_s`: what its reads took.
         draft_s: for each token.
         accepted: of each drafted token, the chance that it and those before it are right.
         known: of each drafted token and its alternatives, the chance that one of them comes.
@@ -105,20 +134,24 @@ class Measured:
     accepted: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_VERIFIED)])
     known: list[Mean] = field(default_factory=lambda: [Mean(SLOW) for _ in range(MOST_DRAFTED)])
     misses: Mean = field(default_factory=Mean)
-    stall_s: Mean = field(default_factory=Mean)
+    reading_s: Mean = field(default_factory=Mean)
     draft_s: Mean = field(default_factory=Mean)
     recall: Mean = field(default_factory=lambda: Mean(SLOW))
     precision: Mean = field(default_factory=lambda: Mean(SLOW))
     budget_bytes: int = 0
+    _read_cost: ReadCost = field(default_factory=ReadCost)
 
     def add(self, decode: Decode) -> None:
+        if decode.verified == 0:
+            self._read_cost.add(decode)
+        reading_s = self._read_cost.seconds(decode)
         if decode.verified <= MOST_VERIFIED:
-            self.compute_s[decode.verified].add(max(0.0, decode.seconds - decode.stall_s))
+            self.compute_s[decode.verified].add(max(0.0, decode.seconds - reading_s))
             if decode.verified and self.misses.get() >= 1:
                 self.growth[decode.verified].add(decode.misses / self.misses.get())
         if decode.verified == 0:
             self.misses.add(decode.misses)
-            self.stall_s.add(decode.stall_s)
+            self.reading_s.add(reading_s)
         self.budget_bytes = decode.budget_bytes
         if decode.ahead_bytes >= LEAST_AHEAD_BYTES:
             used = max(0, decode.ahead_bytes - decode.wasted_bytes)
@@ -137,11 +170,11 @@ class Measured:
 
     def marks(self) -> tuple[float, ...]:
         """By which a change is noticed."""
-        return self.stall_s.get(), self.misses.get(), self.compute_s[0].get(), self.draft_s.get(), float(self.budget_bytes)
+        return self.reading_s.get(), self.misses.get(), self.compute_s[0].get(), self.draft_s.get(), float(self.budget_bytes)
 
     def changed(self, marks: Sequence[float], chance: float) -> bool:
         """Since these marks, and this chance of the first drafted token."""
-        least_s = (self.stall_s.get() + self.compute_s[0].get()) / 20  # what is smaller does not matter
+        least_s = (self.reading_s.get() + self.compute_s[0].get()) / 20  # what is smaller does not matter
         least = least_s, 1.0, least_s, least_s, 1.0
         ratios = ((now + small) / (then + small) for now, then, small in zip(self.marks(), marks, least, strict=True))
         moved = any(not 1 / CHANGED <= ratio <= CHANGED for ratio in ratios)
@@ -181,8 +214,8 @@ class Model:
         misses = min(measured.misses.get(), even)
         points = [(0, float(self.n_used)), (slots, misses), (self.n_bundles, 0.0)][: 2 if slots == self.n_bundles else 3]
         curve = MissCurve(np.array([n for n, _ in points]), np.array([m for _, m in points]))
-        # all that decoding waits for, by the bytes that it misses: what hides behind computing is left out on both sides
-        rate = self.bundle_bytes * misses / measured.stall_s.get() if measured.stall_s.get() > 0 and misses > 0 else 1e15
+        # all that reads take, by the bytes that are missed: what hides behind computing is left out on both sides
+        rate = self.bundle_bytes * misses / measured.reading_s.get() if measured.reading_s.get() > 0 and misses > 0 else 1e15
         n = len([mean for mean in measured.accepted if mean.value is not None]) if drafts and verifies else 0
         base_s = measured.compute_s[0].get()
         compute = [mean.get(base_s * (1 + GUESSED_SLOPE * i)) for i, mean in enumerate(measured.compute_s[: n + 1])]
@@ -265,15 +298,15 @@ class LiveBalancer:
 
     @property
     def waits_for_reads(self) -> bool:
-        """Whether decoding waits for longer than it computes. Else the fifth of its waiting that a draft may save is less than drafting."""
-        return self.measured.stall_s.get() > self.measured.compute_s[0].get()
+        """Whether reads take longer than computing. Else the fifth of them that a draft may save is less than drafting."""
+        return self.measured.reading_s.get() > self.measured.compute_s[0].get()
 
     @property
     def most_verified(self) -> int:
         """How many drafted tokens to verify at most: the last plan's; before the first, any if it is known that decoding does not wait."""
         if self.choice is not None:
             return self.choice.verified
-        return 0 if self.waits_for_reads or self.measured.stall_s.value is None else MOST_VERIFIED
+        return 0 if self.waits_for_reads or self.measured.reading_s.value is None else MOST_VERIFIED
 
     def decoded(self, decode: Decode) -> None:
         """A decode is done; a plan is asked for if it is time."""

@@ -13,7 +13,7 @@ import pytest
 
 from spac.balancer import live
 from spac.balancer.heuristics import greedy
-from spac.balancer.live import MOST_VERIFIED, Decode, LiveBalancer, Measured, Model, gone_on
+from spac.balancer.live import LEAST_DECODES, MOST_OF_WAITING, MOST_VERIFIED, Decode, LiveBalancer, Measured, Model, ReadCost, gone_on
 from spac.balancer.state import Choice, Plan, State
 from spac.errors import BudgetError
 
@@ -245,6 +245,28 @@ def test_a_planner_that_fails_is_said_once_and_the_last_plan_stays(caplog: pytes
     assert choice is not None
     assert balancer.choice == choice
     assert [record.message for record in caplog.records] == ["the balancer ends, the last plan stays: no plan is possible"]
+
+
+@pytest.mark.parametrize(("of_computing", "wanted"), [(0.0, 1.0), (0.3, 1.3), (2.0, MOST_OF_WAITING)])
+def test_reads_cost_what_decodes_with_more_of_them_take_longer(of_computing: float, wanted: float) -> None:
+    """Not only what is waited for; but no more than half as much again."""
+    cost = ReadCost()
+    for n in range(LEAST_DECODES):
+        stall_s = 0.004 * (10 + n % 4)
+        decode = replace(WAITING, seconds=0.05 + (1 + of_computing) * stall_s, stall_s=stall_s, read_bytes=(10 + n % 4) * 12 * MIB)
+        assert cost.seconds(decode) == stall_s  # too little is known
+        cost.add(decode)
+    assert cost.seconds(decode) == pytest.approx(wanted * decode.stall_s)
+    assert cost.seconds(replace(decode, stall_s=10.0, seconds=10.1)) == 10.0
+    assert cost.seconds(replace(decode, stall_s=0.0)) == 0.0
+
+
+def test_what_reads_cost_is_what_was_waited_where_all_read_alike() -> None:
+    measured = Measured()
+    for _ in range(3 * LEAST_DECODES):
+        measured.add(WAITING)
+    assert measured.reading_s.get() == pytest.approx(WAITING.stall_s)
+    assert measured.compute_s[0].get() == pytest.approx(WAITING.seconds - WAITING.stall_s)
 
 
 def test_a_shorter_proposal_goes_on_as_it_ended() -> None:
