@@ -24,13 +24,15 @@ def logits(path: Path) -> np.ndarray:
 
 
 def test_the_function_is_preserved(model_path: Path, tmp_path: Path) -> None:
-    """In F32, twice the hidden units give the same logits up to the order of a sum."""
+    """In F32, twice the hidden units give the same logits up to the order of a sum, and what that flips where the dense products round
+    their input to 8 bits."""
     small, big = tmp_path / "small.gguf", tmp_path / "big.gguf"
     assert inflate(model_path, small, expert_type="F32", factor=1).factor == 1
     assert inflate(model_path, big, expert_type="F32", factor=2).total_bytes > 1.9 * small.stat().st_size * 0.95
     a, b = logits(small), logits(big)
     assert np.abs(a).max() > 1
-    np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(a).max())
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * np.abs(a).max())
+    assert np.median(np.abs(a - b)) < 1e-4 * np.abs(a).max()
 
 
 def test_tiles_are_what_upstream_would_quantise(model_path: Path, tmp_path: Path) -> None:
