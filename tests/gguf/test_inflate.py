@@ -10,7 +10,7 @@ import pytest
 
 import spac
 from spac.errors import ModelFileError, OptionError
-from spac.gguf.inflate import inflate
+from spac.gguf.inflate import Quantiser, _copy_metadata, inflate
 
 TOKENS = list(range(300, 340))
 
@@ -23,16 +23,29 @@ def logits(path: Path) -> np.ndarray:
     return result
 
 
+def in_f32(source: Path, target: Path) -> Path:
+    """A copy without quantised tensors: products with those round their input to 8 bits, and where that flips hangs on the processor."""
+    reader = gguf.GGUFReader(source)
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(target, architecture)
+    _copy_metadata(writer, reader, architecture, 1, Quantiser("F32"))
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
 def test_the_function_is_preserved(model_path: Path, tmp_path: Path) -> None:
-    """In F32, twice the hidden units give the same logits up to the order of a sum, and what that flips where the dense products round
-    their input to 8 bits."""
-    small, big = tmp_path / "small.gguf", tmp_path / "big.gguf"
-    assert inflate(model_path, small, expert_type="F32", factor=1).factor == 1
-    assert inflate(model_path, big, expert_type="F32", factor=2).total_bytes > 1.9 * small.stat().st_size * 0.95
+    """In F32, twice the hidden units give the same logits up to the order of a sum."""
+    source, small, big = in_f32(model_path, tmp_path / "f32.gguf"), tmp_path / "small.gguf", tmp_path / "big.gguf"
+    assert inflate(source, small, expert_type="F32", factor=1).factor == 1
+    assert inflate(source, big, expert_type="F32", factor=2).total_bytes > 1.9 * small.stat().st_size * 0.95
     a, b = logits(small), logits(big)
     assert np.abs(a).max() > 1
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * np.abs(a).max())
-    assert np.median(np.abs(a - b)) < 1e-4 * np.abs(a).max()
+    np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(a).max())
 
 
 def test_tiles_are_what_upstream_would_quantise(model_path: Path, tmp_path: Path) -> None:
