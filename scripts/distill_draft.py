@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from train_demo import DRAFT, SPECIALS, TARGET, Model, load_tokens, rotate, write_card
+from train_demo import DRAFT, SPECIALS, TARGET, Model, byte_level, load_tokens, pieces, rotate, write_card
 
 MODELS: Final = Path(__file__).resolve().parent.parent / "models"
 TARGET_FILE: Final = MODELS / "spac-demo-moe.gguf"
@@ -132,17 +132,11 @@ def write(target: Target, given: Tensor, lengths: Tensor) -> Tensor:
 
 def tokenizer_of(path: Path) -> Any:
     """The model's own, as `tokenizers` has it: WORK/tokenizer.json as scripts/train_demo.py would write it."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from train_demo import QWEN2_SPLIT
+    from tokenizers import AddedToken, models
 
     fields = gguf.GGUFReader(path).fields
     tokens, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    model = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges])
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level(models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges]))
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIALS])
     return tokenizer
 
@@ -164,11 +158,6 @@ def beginnings(work: Path, name: str, tokenizer: Any, n: int, seed: int) -> tupl
         of_text = torch.tensor(encoding.ids[: BEGINNING[1]] or [0], device="cpu")
         ids[i, : len(of_text)], lengths[i] = of_text, len(of_text)
     return ids, lengths
-
-
-def pieces(tokens: np.ndarray, n: int, chance: np.random.Generator) -> Tensor:
-    starts = chance.integers(0, len(tokens) - LENGTH, n)
-    return torch.from_numpy(np.stack([tokens[s : s + LENGTH] for s in starts]).astype(np.int64))
 
 
 # -- draft ------------------------------------------------------------------------------------------------------------
@@ -223,7 +212,7 @@ def distill(work: Path, minutes: float, device: str) -> dict[str, Any]:
     given, lengths = (t.to(device) for t in beginnings(work, "train", tokenizer, BEGINNINGS, SEED))
     judges = {
         "own_text": write(target, *(t.to(device) for t in beginnings(work, "held_out", tokenizer, UNSEEN, SEED + 1))),
-        "documents": pieces(text["held_out"], UNSEEN, chance).to(device),
+        "documents": pieces(text["held_out"], UNSEEN, LENGTH, chance).to(device),
     }
     report = {"seed": SEED, "minutes": minutes, "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "batch": BATCH, "peak_rate": PEAK_RATE,
               "loss_curve": []}  # type: dict[str, Any]  # fmt: skip
@@ -239,7 +228,7 @@ def distill(work: Path, minutes: float, device: str) -> dict[str, Any]:
             n_written += WRITTEN
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * min(1.0, (step + 1) / WARM_UP, max(0.005, 1 - share))
-        batch = torch.cat([own[torch.randint(len(own), (n_own,))], pieces(text["train"], OF_TEXT, chance).to(device)])
+        batch = torch.cat([own[torch.randint(len(own), (n_own,))], pieces(text["train"], OF_TEXT, LENGTH, chance).to(device)])
         goal = target.logits(batch).softmax(-1)
         with torch.autocast(device, torch.bfloat16):
             logits = model(batch)

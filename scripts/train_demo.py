@@ -154,17 +154,25 @@ def build_corpus(work: Path) -> None:
 # -- tokenizer --------------------------------------------------------------------------------------------------------
 
 
+def byte_level(model: Any) -> Any:
+    """A tokenizer of a byte-pair model, with Qwen2's way of cutting text."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def load_tokenizer(work: Path, vocabulary: int) -> Any:
     """A byte-level byte-pair tokenizer, trained on the first 16 MB of the training text if there is none yet."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     path = work / "tokenizer.json"
     if not path.exists():
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
@@ -355,11 +363,16 @@ class Model(nn.Module):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
+def pieces(tokens: np.ndarray, n: int, length: int, chance: np.random.Generator) -> Tensor:
+    """From random places: ids [n, length]."""
+    starts = chance.integers(0, len(tokens) - length, n)
+    return torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]).astype(np.int64))
+
+
 def batches(tokens: np.ndarray, n: int, length: int, seed: int) -> Iterator[Tensor]:
     rng = np.random.default_rng(seed)
     while True:
-        starts = rng.integers(0, len(tokens) - length - 1, n)
-        yield torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
+        yield pieces(tokens, n, length + 1, rng)
 
 
 def held_out_loss(model: Model, tokens: np.ndarray, n: int = 16) -> float:
