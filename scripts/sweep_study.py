@@ -14,8 +14,11 @@ tokens uses was recorded, and any setting can be replayed. A replay is of one ki
 
 Times are those of the time model (spac/trace/timing.py), of a decode of that width, on what this machine does within the
 limits of a profile; the experts are those of the 4.2 GiB model, whose routing is the bundled model's. Misses and times are counted
-in the second half of a kind's requests. The balancer decides before, from the first half (acceptance of the same kind; all else of
-all kinds together, since of one there is too little), and from nothing that a run without speculation does not see.
+in the second half of a kind's requests.
+
+Beside the settings, what the engine decides by itself: spac/balancer/live.py and spac/speculative/draft_length.py go through the
+same requests decode by decode, with nothing told but what they measure while decoding, from the first decode of the first half on.
+Plans come between decodes, four at a time where nothing is verified.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ import argparse
 import itertools
 import multiprocessing
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -36,12 +38,13 @@ from numpy.typing import NDArray
 
 import spac
 from spac import control, device
-from spac.balancer import Balancer, Cache, Lookahead, Plan, StackDistances, State, merged
+from spac.balancer import Cache, StackDistances, State
 from spac.balancer.heuristics import greedy
+from spac.balancer.live import LEAST_STEPS, Decode, LiveBalancer, Model
 from spac.bench import profile
 from spac.bench.prompt import KINDS
 from spac.bench.prompt import load as load_prompts
-from spac.engine import _candidates
+from spac.engine import HORIZON, IDLE_TOKENS, READ_FROM, _candidates
 from spac.estimator import TokenEstimator
 from spac.estimator.foresight import foresight
 from spac.generate import Sampling, make_sampler, tokenize
@@ -49,6 +52,7 @@ from spac.gguf.check import check_model
 from spac.gguf.reader import read_gguf
 from spac.plan.forecast import OPS_PER_LAYER, TOKEN_S, LayerWork, Machine, Work
 from spac.speculative import Acceptance, DraftLlama, ModelDraft, Proposal
+from spac.speculative.draft_length import DraftLength
 from spac.trace.format import Trace
 from spac.trace.simulation import Ahead, Replay, parse_cache, replay
 from spac.trace.timing import PARTS, READS_IN_FLIGHT, Compute, Reads, layer_s
@@ -60,6 +64,7 @@ SHARES = ("25%", "50%", "75%", "100%")
 TOKENS, SEED, ASKED = 150, 1, 7
 VERIFIED, SENSED, DEPTHS = range(4), range(5), (0, 2, 10)
 SLOTS = ("one order", "equal", "gains")
+NEVER_AHEAD = np.float32(READ_FROM - 0.01)  # a probability from which nothing is read ahead
 TURNS, WIDTHS = 60, (1, 2, 3, 4, 16)  # measuring: turns; tokens of a product
 BUNDLE_WEIGHTS, BUNDLE_BYTES = 25_165_824, 14_155_776  # of the 4.2 GiB model's experts, Q4_0: scripts/inflate
 Floats = NDArray[np.float32]
@@ -91,6 +96,10 @@ class Answer:
     routed: list[Ints]  # [1 + drafted, layers, k]
     proposals: list[Proposal]
 
+    def prompts(self) -> list[Ints]:
+        """The prompt by ubatch: [tokens, layers, k]."""
+        return [self.prompt.ids[self.prompt.ubatch == u] for u in np.unique(self.prompt.ubatch)]
+
     def right(self, i: int) -> int:
         """How many of the drafted tokens after the i-th one came."""
         came = self.tokens[i + 1 :]
@@ -116,7 +125,9 @@ class Recorded:
 def record(tokens: int = TOKENS) -> Recorded:
     import llama_cpp.llama_cpp as upstream  # spac names the library that it loads
 
-    llama = spac.Llama(MODEL, paging="off", n_ctx=1024, n_ubatch=64, n_threads=1, n_threads_batch=1, seed=SEED, verbose=False, record_routing=True)
+    llama = spac.Llama(
+        MODEL, paging="off", n_ctx=1024, n_ubatch=64, n_threads=1, n_threads_batch=1, seed=SEED, verbose=False, record_routing=True
+    )
     draft = ModelDraft(DraftLlama(DRAFT, n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False))
     recorder = llama.spac.recorder
     answers, times = [], []
@@ -157,6 +168,7 @@ class Told:
     """What the pager would be told: of answer a before its i-th token, by (verified, sensed)."""
 
     foresight: dict[tuple[int, int], list[Floats]]  # [answers][tokens, 3, layers, experts]
+    chances: list[list[list[float]]]  # [answers][tokens][drafted], calibrated: that it and those before it come
     seconds: float  # of a token: tables and what is made of them
 
 
@@ -165,15 +177,17 @@ def tell(recorded: Recorded, n_experts: int) -> Told:
     _, n_layers, n_used = recorded.answers[0].routed[0].shape
     estimator, acceptance = TokenEstimator(n_layers, n_experts, n_used), Acceptance()
     told: dict[tuple[int, int], list[Floats]] = {key: [] for key in itertools.product(VERIFIED, SENSED)}
-    times = []
+    times, calibrated = [], []
     for answer in recorded.answers:
         estimator.start_request()
         acceptance.begin()
+        calibrated.append([])
         for key in told:
             told[key].append(np.full((len(answer.tokens), 3, n_layers, n_experts), -1, np.float32))
         for i, (token, proposal) in enumerate(zip(answer.tokens, answer.proposals, strict=True)):
             acceptance.saw(token)
             chances = acceptance.chances(proposal)
+            calibrated[-1].append(chances)
             acceptance.expect(proposal)
             for verified in VERIFIED if estimator.tokens_learned else ():
                 known = [[(t, 1.0)] for t in [token, *proposal.tokens[:verified]]]
@@ -187,7 +201,7 @@ def tell(recorded: Recorded, n_experts: int) -> Told:
                     told[verified, sensed][-1][i] = foresight(now, coming[:sensed])
                 times.append(time.process_time() - begin)
             estimator.learn([token], answer.routed[i][:1])
-    return Told(told, float(np.median(times)))
+    return Told(told, calibrated, float(np.median(times)))
 
 
 # -- devices --
@@ -220,11 +234,6 @@ class Timing:
         """Of one expert with so many tokens."""
         return self.machine.compute_s(self.work.layers[0].weights, tokens)
 
-    def compute_s(self, width: int, used: float) -> float:
-        """Of a decode with all experts in RAM, of which each layer uses so many."""
-        busy = self.dense_s(width) + len(self.work.layers) * used * self.use_s(width * self.work.n_used / used)
-        return busy / self.share
-
     def layers_s(self, width: int, used: NDArray[np.float64], missed: NDArray[np.float64]) -> NDArray[np.float64]:
         """Of layers that use so many experts, of which so many must be read, parts of one included."""
         table = self._tables[width]
@@ -249,12 +258,6 @@ class Timing:
         rate = reads.bytes_per_s(BUNDLE_BYTES / PARTS, in_flight)
         return min(rate, reads.limit_bytes_per_s or rate)
 
-    def reads(self) -> Reads:
-        """As the pager has them: a slice is not done when it has been read."""
-        size, reads = BUNDLE_BYTES / PARTS, self.machine.reads()
-        rate = 1 / (1 / reads.bytes_per_s(size, READS_IN_FLIGHT) + self.machine.slice_s(self.work.layers[0]) / READS_IN_FLIGHT / size)
-        return Reads({(int(size), READS_IN_FLIGHT): rate}, reads.limit_bytes_per_s)
-
     def ahead(self, depth: int, verified: int, used: float) -> Ahead | None:
         rate = self.rate(2) if depth else 0.0
         width = verified + 1
@@ -269,16 +272,22 @@ class Timing:
             of_width = rows[width == w]
             used, wait = found.uses[of_width].astype(np.int64), found.wait_bytes[of_width]
             waiting = before_s + self.dense_s(w) + self.layers_s(w, used, wait / BUNDLE_BYTES).sum(1)
-            use_s = np.array([0.0] + [n * self.use_s(w * self.work.n_used / n) for n in range(1, w * self.work.n_used + 1)])
-            busy = before_s * self.share + self.dense_s(w) + use_s[used].sum(1)
             read = (wait + found.ahead_bytes[of_width]).sum(1)
-            out[width == w] = np.maximum(np.maximum(waiting, busy / self.share), read / limit if limit else 0.0)
+            out[width == w] = np.maximum(np.maximum(waiting, before_s + self.busy_s(w, used)), read / limit if limit else 0.0)
         return out
 
-    def speculation_s(self, setting: Setting) -> float:
+    def busy_s(self, width: int, used: Ints) -> NDArray[np.float64]:
+        """Of decodes that miss nothing; used [decodes, layers]."""
+        return (self.dense_s(width) + self._uses_s[width][used].sum(1)) / self.share
+
+    @cached_property
+    def _uses_s(self) -> dict[int, NDArray[np.float64]]:
+        """By number of tokens and of experts that they use."""
+        k = self.work.n_used
+        return {w: np.array([0.0] + [n * self.use_s(w * k / n) for n in range(1, w * k + 1)]) for w in range(1, max(VERIFIED) + 2)}
+
+    def speculation_s(self, drafted: int, tells: bool) -> float:
         """Of a cycle: drafting, and telling the pager."""
-        drafted = setting.verified + setting.sensed
-        tells = setting.sensed > 0 or setting.depth > 0
         return (drafted * self.draft_s + tells * self.tell_s) * self.slower
 
 
@@ -302,36 +311,33 @@ class Run:
         return out
 
 
-def run_of(answers: dict[int, Answer], verified: int, n_experts: int, *, neighbours: bool = False) -> Run:
-    """`neighbours`: instead of what was drafted, the tokens that came, each of them once."""
-    ids, ubatch, rows = [], [], []
-    begins, n_rows = [], 0
-    for number, answer in answers.items():
-        prompt = answer.prompt
-        for u in np.unique(prompt.ubatch):
-            ids.append(prompt.ids[prompt.ubatch == u])
-            rows.append((0, 0, number))
-            n_rows += len(ids[-1])
-        cycles = answer.cycles(verified)
-        if neighbours:
-            cycles = ((i, verified, verified + 1) for i in range(0, len(answer.tokens) - verified, verified + 1))
-        for i, n, given in cycles:
-            begins.append((n_rows, number, i))
-            batch = np.concatenate([r[:1] for r in answer.routed[i : i + n + 1]]) if neighbours else answer.routed[i][: n + 1]
-            ids.append(batch)
-            rows.append((n + 1, given, number))
-            n_rows += len(batch)
-    ubatch = np.repeat(np.arange(len(ids)), [len(x) for x in ids]).astype(np.int32)
-    every = np.concatenate(ids).astype(np.uint16)
-    zeros = np.zeros(len(every), np.int32)
-    _, n_layers, _ = every.shape
-    trace = Trace(
-        ids=every, weights=np.zeros(every.shape, np.float16), seq=zeros, pos=zeros, phase=zeros.astype(np.uint8), token_ids=zeros,
+def trace_of(ids: NDArray[np.uint16], ubatch: NDArray[np.int32], n_experts: int) -> Trace:
+    """ids [tokens, layers, k]; ubatch [tokens], numbers."""
+    n_tokens, n_layers, _ = ids.shape
+    zeros = np.zeros(n_tokens, np.int32)
+    return Trace(
+        ids=ids, weights=np.zeros(ids.shape, np.float16), seq=zeros, pos=zeros, phase=zeros.astype(np.uint8), token_ids=zeros,
         ubatch=ubatch, ubatch_s=np.zeros(0, np.float32), expert_s=np.zeros((0, n_layers), np.float32), n_experts=n_experts,
         blocks=tuple(range(n_layers)), bundle_bytes=(BUNDLE_BYTES,) * n_layers, meta={},
     )  # fmt: skip
+
+
+def run_of(answers: dict[int, Answer], verified: int, n_experts: int) -> Run:
+    ids, rows = [], []
+    begins, n_rows = [], 0
+    for number, answer in answers.items():
+        for prompt in answer.prompts():
+            ids.append(prompt)
+            rows.append((0, 0, number))
+            n_rows += len(prompt)
+        for i, n, given in answer.cycles(verified):
+            begins.append((n_rows, number, i))
+            ids.append(answer.routed[i][: n + 1])
+            rows.append((n + 1, given, number))
+            n_rows += n + 1
+    ubatch = np.repeat(np.arange(len(ids)), [len(x) for x in ids]).astype(np.int32)
     width, given, of_answer = np.array(rows, np.int64).T
-    return Run(trace, width, given, of_answer, begins)
+    return Run(trace_of(np.concatenate(ids).astype(np.uint16), ubatch, n_experts), width, given, of_answer, begins)
 
 
 class Kind:
@@ -340,17 +346,15 @@ class Kind:
     def __init__(self, kind: str, share: str, recorded: Recorded, told: Told, n_experts: int) -> None:
         self.first = len(recorded.answers) // 2
         self.answers = {i: answer for i, answer in enumerate(recorded.answers) if answer.kind == kind}
-        self.past = {i: answer for i, answer in self.answers.items() if i < self.first}
-        self.all_past = dict(enumerate(recorded.answers[: self.first]))
         self.told, self.draft_s = told, recorded.draft_s
         self.runs = {n: run_of(self.answers, n, n_experts) for n in VERIFIED}
         self.n_experts = n_experts
         self.n_bundles = parse_cache(share, self.runs[0].trace)
-        self.distances = StackDistances(self.runs[0].trace.n_layers, n_experts, half_life_tokens=None)
-        for answer in self.all_past.values():
+        distances = StackDistances(self.runs[0].trace.n_layers, n_experts, half_life_tokens=None)
+        for answer in recorded.answers[: self.first]:
             for routed in answer.routed:
-                self.distances.observe(routed[:1])
-        caches = tuple(Cache(f"layer {i}", 1, curve, 0) for i, curve in enumerate(self.distances.curves()))
+                distances.observe(routed[:1])
+        caches = tuple(Cache(f"layer {i}", 1, curve, 0) for i, curve in enumerate(distances.curves()))
         state = State(caches, self.n_bundles + 1, Reads({(1, 1): 1.0}), (1.0,), in_flight=(1,))  # no times: quotas hang on none
         rest = self.n_bundles - sum(slots := list(greedy(state).slots))
         for i in range(len(slots)):
@@ -363,7 +367,9 @@ class Kind:
         """Experts of a layer in a decode, of the past."""
         trace = run.trace
         past = np.flatnonzero((run.width > 0) & (run.answer < self.first))[:200]
-        return float(np.mean([len(np.unique(trace.ids[trace.ubatch == u, layer])) for u in past[::4] for layer in (0, trace.n_layers // 2)]))
+        return float(
+            np.mean([len(np.unique(trace.ids[trace.ubatch == u, layer])) for u in past[::4] for layer in (0, trace.n_layers // 2)])
+        )
 
     @cache  # noqa: B019
     def foresight(self, verified: int, sensed: int) -> Floats:
@@ -378,61 +384,131 @@ class Kind:
         """For each token of the second half."""
         run = self.runs[setting.verified]
         rows = np.flatnonzero((run.width > 0) & (run.answer >= self.first))
-        return float(timing.decode_s(run.width[rows], found, rows, timing.speculation_s(setting)).sum() / run.given[rows].sum())
+        before_s = timing.speculation_s(setting.verified + setting.sensed, setting.sensed > 0 or setting.depth > 0)
+        return float(timing.decode_s(run.width[rows], found, rows, before_s).sum() / run.given[rows].sum())
 
-    # -- what the balancer is told --
 
-    @staticmethod
-    def _bytes(run: Run, found: Replay, what: str = "wait_bytes") -> float:
-        """For each decode."""
-        return float(getattr(found, what)[run.width > 0].sum() / (run.width > 0).sum())
+# -- what the engine decides --
 
-    @cached_property
-    def growth(self) -> tuple[float, ...]:
-        """By number verified; a rejected token is taken to use what the one that came did."""
-        runs = [run_of(self.all_past, n, self.n_experts, neighbours=True) for n in VERIFIED]
-        found = [self._bytes(run, replay(run.trace, self.n_bundles, "default", "global")) for run in runs]
-        return tuple(x / found[0] for x in found)
 
-    @cached_property
-    def accepted(self) -> tuple[float, ...]:
-        right = np.array([answer.right(i) for answer in self.past.values() for i in range(len(answer.tokens))])
-        return tuple(float((right >= n).mean()) for n in VERIFIED if n)
+class _Balancer(LiveBalancer):
+    """Plans at once."""
 
-    @cached_property
-    def _plain(self) -> Run:
-        return run_of(self.all_past, 0, self.n_experts)
+    def have_planned(self, state: State) -> None:
+        self.plan(state)
 
-    def _told(self, sensed: int, ahead: Ahead | None = None) -> Replay:
-        foreseen = self._plain.foresight(self.told.foresight[0, sensed]) if sensed or ahead else None
-        return replay(self._plain.trace, self.n_bundles, "default", "global", foreseen, ahead)
 
-    @cached_property
-    def sensed(self) -> tuple[float, ...]:
-        found = [self._bytes(self._plain, self._told(j)) for j in SENSED]
-        return tuple(max(0.0, 1 - x / found[0]) for x in found)
+@dataclass
+class Cycle:
+    """A decode, as the engine decided on it. `before_s`: of drafting and telling the pager; `draft_s`: of drafting."""
 
-    def lookahead(self, timing: Timing) -> tuple[Lookahead, ...]:
-        base, found = self._bytes(self._plain, self._told(0)), [Lookahead(0.0, 1.0)]
-        for depth in DEPTHS[1:]:
-            told = self._told(0, timing.ahead(depth, 0, self.used[0]))
-            recall = max(0.0, 1 - self._bytes(self._plain, told) / base)
-            more = self._bytes(self._plain, told, "ahead_bytes") / base
-            found.append(Lookahead(recall, max(1e-3, min(1.0, recall / more if more > 0 else 1.0))))
-        return tuple(found)
+    answer: int
+    given: int
+    verified: int
+    drafted: int
+    ahead: bool
+    before_s: float
+    draft_s: float
+    visit: int  # which ubatch it is
 
-    def state(self, timing: Timing) -> State:
-        curve = merged(self.distances.curves())
-        counted = self._bytes(self._plain, self._told(0)) / BUNDLE_BYTES
-        curve = curve.scaled(counted / float(curve.at(self.n_bundles)))
-        n_layers, k = self.runs[0].trace.n_layers, self.runs[0].trace.n_used
-        in_flight = READS_IN_FLIGHT
-        return State(
-            (Cache("model", BUNDLE_BYTES, curve, n_layers * k // 4),), self.n_bundles * BUNDLE_BYTES + in_flight * BUNDLE_BYTES // PARTS,
-            timing.reads(), decode_s=tuple(timing.compute_s(n + 1, self.used[n]) for n in VERIFIED), growth=self.growth,
-            accepted=self.accepted, draft_s=(timing.draft_s + timing.tell_s / max(SENSED)) * timing.slower, sensed=self.sensed, lookahead=self.lookahead(timing),
-            in_flight=(in_flight,),
-        )  # fmt: skip
+
+class Live:
+    """spac/engine.py and spac/speculative/loop.py with the model, the draft and the pager replaced by what was recorded of them."""
+
+    def __init__(self, kind: Kind, timing: Timing) -> None:
+        self.kind, self.timing = kind, timing
+        trace = kind.runs[0].trace
+        self.n_layers = trace.n_layers
+        room = sum(len(a.prompt.ids) + (1 + max(VERIFIED)) * len(a.tokens) for a in kind.answers.values())
+        self.ids, self.ubatch = np.zeros((room, *trace.ids.shape[1:]), np.uint16), np.zeros(room, np.int32)
+        self.foresight = np.full((room, 3, self.n_layers, kind.n_experts), -1, np.float32)
+        self.n_tokens, self.n_visits = 0, 0
+        self.balancer = _Balancer(
+            Model(trace.n_used * self.n_layers, self.n_layers * kind.n_experts, 2, BUNDLE_BYTES, lambda share: 1 - share)
+        )
+        self.length = DraftLength()
+        self.calm_tokens = 0
+        self.cycles: list[Cycle] = []
+        self.seconds: list[float] = []  # of cycles that have been looked at
+        for number, answer in kind.answers.items():
+            self.answer(number, answer)
+
+    def seconds_per_token(self) -> float:
+        """Of the second half."""
+        counted = [i for i, cycle in enumerate(self.cycles) if cycle.answer >= self.kind.first]
+        return sum(self.seconds[i] for i in counted) / sum(self.cycles[i].given for i in counted)
+
+    def means(self) -> tuple[float, float, float]:
+        """Of the second half: tokens verified, tokens drafted, part of the decodes that could read ahead."""
+        counted = [c for c in self.cycles if c.answer >= self.kind.first]
+        return tuple(float(np.mean([x(c) for c in counted])) for x in (lambda c: c.verified, lambda c: c.drafted, lambda c: c.ahead))
+
+    def add(self, ids: Ints) -> None:
+        """A ubatch."""
+        end = self.n_tokens + len(ids)
+        self.ids[self.n_tokens : end], self.ubatch[self.n_tokens : end] = ids, self.n_visits
+        self.n_tokens, self.n_visits = end, self.n_visits + 1
+
+    def answer(self, number: int, answer: Answer) -> None:
+        for prompt in answer.prompts():
+            self.add(prompt)
+        i = 0
+        while i < len(answer.tokens):
+            cycle = self.cycle(number, answer, i)
+            self.cycles.append(cycle)
+            i += cycle.given
+            verifies = cycle.drafted and self.balancer.most_verified
+            if verifies or i >= len(answer.tokens) or len(self.cycles) - len(self.seconds) == LEAST_STEPS:
+                self.look()
+
+    def cycle(self, number: int, answer: Answer, i: int) -> Cycle:
+        """Draft, decide, and tell the pager."""
+        balancer, choice, calm = self.balancer, self.balancer.choice, self.calm_tokens >= IDLE_TOKENS
+        sensed = HORIZON if balancer.waits_for_reads else 0
+        if calm or (choice is not None and balancer.has_drafted):
+            sensed = choice.drafted if choice is not None and not calm else 0
+        most = min(balancer.most_verified, max(VERIFIED))
+        asked = min(max(sensed, min(self.length.wanted, most)), ASKED)
+        whole, draft_s = answer.proposals[i], asked * self.timing.draft_s * self.timing.slower
+        proposal = Proposal(whole.tokens[:asked], whole.chances[:asked], whole.others[:asked])
+        chances = self.kind.told.chances[number][i][: len(proposal.tokens)]
+        n = min(self.length.choose(chances, asked, draft_s), most, len(answer.routed[i]) - 1, len(chances))
+        of_first = 1 / (1 + len(chances))  # what is looked up anyway
+        known = [sum(chance for _, chance in candidates) for candidates in _candidates(proposal, chances, 0)]
+        balancer.drafted(chances, known, draft_s + (1 - of_first) * self.timing.tell_s * self.timing.slower)
+        ahead = choice is not None and choice.depth > 0
+        drafts = min(len(chances) - n, max(SENSED))
+        tells = not calm and (drafts > 0 or ahead)
+        if tells:
+            row = self.foresight[self.n_tokens]
+            row[:] = self.kind.told.foresight[n, drafts][number][i]
+            if not ahead:
+                np.minimum(row[0], NEVER_AHEAD, out=row[0])
+        self.add(answer.routed[i][: n + 1])
+        given = 1 + min(answer.right(i), n)
+        return Cycle(number, given, n, asked, ahead and tells, self.timing.speculation_s(asked, tells), draft_s, self.n_visits - 1)
+
+    def look(self) -> None:
+        """What the last cycles took, and what the engine learns from it."""
+        kind, timing = self.kind, self.timing
+        trace = trace_of(self.ids[: self.n_tokens], self.ubatch[: self.n_tokens], kind.n_experts)
+        found = replay(
+            trace, kind.n_bundles, "default", "global", self.foresight[: self.n_tokens], timing.ahead(max(DEPTHS), 0, kind.used[0])
+        )
+        for cycle in self.cycles[len(self.seconds) :]:
+            at, width = np.array([cycle.visit]), cycle.verified + 1
+            seconds = float(timing.decode_s(np.array([width]), found, at, cycle.before_s)[0])
+            ahead, wasted = float(found.ahead_bytes[cycle.visit].sum()), float(found.wasted_bytes[cycle.visit].sum())
+            misses = int(found.missed[cycle.visit].sum())
+            self.seconds.append(seconds)
+            self.calm_tokens = 0 if misses else self.calm_tokens + 1
+            decode_s = seconds - cycle.draft_s
+            stall_s = max(0.0, seconds - cycle.before_s - float(timing.busy_s(width, found.uses[at].astype(np.int64))[0]))
+            read = int(found.wait_bytes[cycle.visit].sum() + ahead)
+            self.length.measured(cycle.verified, decode_s)
+            self.balancer.decoded(
+                Decode(cycle.verified, decode_s, stall_s, misses, read, int(ahead), int(wasted), kind.n_bundles * BUNDLE_BYTES)
+            )
 
 
 def work_of_demo() -> Work:
@@ -448,17 +524,19 @@ def work_of_demo() -> Work:
 
 @dataclass
 class Cell:
+    """`live_s`: a token as the engine decides; `means`: of what it decided."""
+
     profile: str
     kind: str
     share: str
     seconds: dict[Setting, float]
-    state: State
-    plan: Plan
+    live_s: float
+    means: tuple[float, float, float]
 
     @property
-    def automatic(self) -> Setting:
-        choice = self.plan.choice
-        return Setting(choice.verified, choice.drafted - choice.verified, DEPTHS[choice.depth], "one order")
+    def automatic(self) -> str:
+        verified, drafted, ahead = self.means
+        return f"{verified:.2f} verified, {drafted - verified:.1f} sensed, ahead in {ahead:.0%}"
 
     @property
     def best(self) -> Setting:
@@ -466,7 +544,7 @@ class Cell:
 
     @property
     def off(self) -> float:
-        return self.seconds[self.automatic] / self.seconds[self.best] - 1
+        return self.live_s / self.seconds[self.best] - 1
 
 
 def cells_of(kind: Kind, name: str, share: str, timings: dict[str, Timing]) -> list[Cell]:
@@ -477,8 +555,8 @@ def cells_of(kind: Kind, name: str, share: str, timings: dict[str, Timing]) -> l
         for s in SETTINGS:
             if s.depth:
                 seconds[s] = kind.seconds(s, kind.replay(s, timing.ahead(s.depth, s.verified, kind.used[s.verified])), timing)
-        state = kind.state(timing)
-        cells.append(Cell(machine, name, share, seconds, state, Balancer().solve(state)))
+        live = Live(kind, timing)
+        cells.append(Cell(machine, name, share, seconds, live.seconds_per_token(), live.means()))
         print(f"{machine}, {name}, {share}: {cells[-1].automatic}, off by {cells[-1].off:.1%}; best: {cells[-1].best}", flush=True)
     return cells
 
@@ -487,8 +565,8 @@ def geometric(values: list[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
 
 
-def report(cells: list[Cell], timings: dict[str, Timing], device_: device.Device) -> list[str]:
-    automatic = geometric([c.seconds[c.automatic] for c in cells])
+def report(cells: list[Cell], timings: dict[str, Timing], recorded: Recorded, device_: device.Device) -> list[str]:
+    automatic = geometric([c.live_s for c in cells])
     best = geometric([c.seconds[c.best] for c in cells])
     fixed = sorted((geometric([c.seconds[s] for c in cells]), s) for s in SETTINGS)
     far = [c for c in cells if c.off > 0.05]
@@ -517,33 +595,36 @@ def report(cells: list[Cell], timings: dict[str, Timing], device_: device.Device
             f" {one} | {geometric(above) - 1:.2%} | {max(above) - 1:.1%} |"
         )
     say += ["", "## By setting", "", "What one of them gives where the others are as in the best setting: the best fixed value against choosing it in each cell.", "",
-            "| | best fixed value | above choosing | chosen automatically |", "| --- | --- | --- | --- |"]  # fmt: skip
+            "| | best fixed value | above choosing |", "| --- | --- | --- |"]  # fmt: skip
     for i, (what, values) in enumerate(zip(("verified", "sensed", "ahead", "slots"), (VERIFIED, SENSED, DEPTHS, SLOTS), strict=True)):
         of_value = {v: geometric([min(s for k, s in c.seconds.items() if k[i] == v) for c in cells]) for v in values}
         value = min(of_value, key=of_value.__getitem__)
-        chosen = Counter(c.automatic[i] for c in cells)
-        say.append(f"| {what} | {value} | {of_value[value] / best - 1:.2%} | {', '.join(f'{v}: {n}' for v, n in sorted(chosen.items(), key=str))} |")
-    say += ["", "## Cells", "", "*Formula*: the balancer's expected time of its own choice, against the simulator's.", "",
-            "| profile | kind | in memory | best | s a token | automatic | off by | nothing drafted nor ahead | formula |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+        say.append(f"| {what} | {value} | {of_value[value] / best - 1:.2%} |")
+    say += ["", "## Cells", "", "| profile | kind | in memory | best | s a token | automatic, means | off by | nothing drafted nor ahead |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for c in cells:
         plain = c.seconds[Setting(0, 0, 0, "one order")]
-        told = c.plan.seconds_per_token / c.seconds[c.automatic] - 1
         say.append(
-            f"| {c.profile} | {c.kind} | {c.share} | {c.best} | {c.seconds[c.best]:.4f} | {c.automatic} | {c.off:.1%} |"
-            f" {plain / c.seconds[c.best] - 1:.1%} | {told:+.0%} |"
+            f"| {c.profile} | {c.kind} | {c.share} | {c.best} | {c.seconds[c.best]:.4f} | {c.automatic} | {c.off:.1%} | {plain / c.seconds[c.best] - 1:.1%} |"
         )
     say += ["", "## What went in", "", f"Device: {device_.cpu}, {device_.threads} threads, measured {device_.measured}; ms, MB/s:", "",
-            "| profile | decode of 1, 2, 3, 4 tokens, all in memory | reads | a drafted token | telling the pager |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
-    state = {c.profile: c.state for c in cells}
+            "| profile | decode of 1, 2, 3, 4 tokens without a common expert, all in memory | reads | a drafted token | telling the pager |",
+            "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, t in timings.items():
-        decodes = ", ".join(f"{1e3 * s:.1f}" for s in state[name].decode_s)
-        say.append(f"| {name} | {decodes} | {t.rate(READS_IN_FLIGHT) / 1e6:.0f} | {1e3 * t.draft_s * t.slower:.2f} | {1e3 * t.tell_s * t.slower:.2f} |")
-    say += ["", "| kind | in memory | right up to the 1st, 2nd, 3rd | growth | saved by sensing 1 to 4 |", "| --- | --- | --- | --- | --- |"]
-    for share, name in itertools.product(SHARES, KINDS):
-        s = next(c.state for c in cells if (c.kind, c.share) == (name, share))
-        rows = [", ".join(f"{x:.2f}" for x in values) for values in (s.accepted, s.growth[1:], s.sensed[1:])]
-        say.append(f"| {name} | {share} | {' | '.join(rows)} |")
+        times = [float(t.busy_s(w, np.full((1, t.work.n_layers), w * t.work.n_used))[0]) for w in range(1, max(VERIFIED) + 2)]
+        decodes = ", ".join(f"{1e3 * s:.1f}" for s in times)
+        say.append(
+            f"| {name} | {decodes} | {t.rate(READS_IN_FLIGHT) / 1e6:.0f} | {1e3 * t.draft_s * t.slower:.2f} | {1e3 * t.tell_s * t.slower:.2f} |"
+        )
+    say += ["", "Drafted tokens that came, up to the first, second and third, by request; the second half counts.", "",
+            "| kind | first half | second half |", "| --- | --- | --- |"]  # fmt: skip
+    half = len(recorded.answers) // 2
+    for kind in KINDS:
+        halves = []
+        for answers in (recorded.answers[:half], recorded.answers[half:]):
+            right = [np.array([a.right(i) for i in range(len(a.tokens))]) for a in answers if a.kind == kind and a.tokens]
+            halves.append("; ".join(", ".join(f"{(of >= n).mean():.2f}" for n in VERIFIED if n) for of in right))
+        say.append(f"| {kind} | {' | '.join(halves)} |")
     return say
 
 
@@ -606,7 +687,7 @@ def sweep(recorded: Recorded, told: Told, work: Work, found: device.Device) -> l
     with multiprocessing.get_context("fork").Pool() as pool:
         cells = [cell for part in pool.imap(_run_part, itertools.product(SHARES, KINDS)) for cell in part]
     head = ["# The balancer against every setting", "", "Written by `scripts/sweep_study.py`, which says what is compared and how.", ""]
-    return head + report(cells, timings, found)
+    return head + report(cells, timings, recorded, found)
 
 
 def _run_part(part: tuple[str, str]) -> list[Cell]:

@@ -172,6 +172,7 @@ class Simulation(ctypes.Structure):
         ("idle_use_bytes", ctypes.c_double),
         ("visit_wait_bytes", ctypes.c_void_p),
         ("visit_ahead_bytes", ctypes.c_void_p),
+        ("visit_wasted_bytes", ctypes.c_void_p),
         ("visit_uses", ctypes.c_void_p),
         ("visit_misses", ctypes.c_void_p),
         ("n_ubatches", ctypes.c_uint64),

@@ -167,7 +167,9 @@ def test_drafts_are_not_made_where_nothing_is_waited_for(model_path: Path, draft
     llama.close()
 
 
-def test_a_draft_is_not_asked_before_a_decode_waited_long_for_reads(model_path: Path, draft: ModelDraft, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_is_not_asked_before_a_decode_waited_long_for_reads(
+    model_path: Path, draft: ModelDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[int] = []
     monkeypatch.setattr(ModelDraft, "propose", lambda _, sequence, n: asked.append(n) or Proposal([], []))
     llama = load(model_path, share=0.5)
@@ -204,11 +206,14 @@ def test_the_balancer_plans_while_tokens_come(model_path: Path, draft: ModelDraf
     assert "spac-balancer" not in [thread.name for thread in threading.enumerate()]
 
 
-@pytest.mark.parametrize(("verified", "wanted"), [(0, 0), (2, 2)])
-def test_where_verifying_does_not_pay_nothing_is_drafted_for_it(model_path: Path, draft: ModelDraft, verified: int, wanted: int) -> None:
+@pytest.mark.parametrize(("reading_s", "wanted"), [(0.02, 0), (0.01, 4)])
+def test_where_decoding_waits_for_reads_nothing_is_drafted_to_be_verified(
+    model_path: Path, draft: ModelDraft, reading_s: float, wanted: int
+) -> None:
     llama = load(model_path)
-    engine = foresight_of(llama)
-    engine.balancer.choice = Choice(verified=verified, drafted=verified)
+    measured = foresight_of(llama).balancer.measured
+    measured.compute_s[0].add(0.015)
+    measured.reading_s.add(reading_s)
     assert Speculation(draft)._most_verified(llama) == wanted
     assert Speculation(draft, 3)._most_verified(llama) == 64  # asked for
     llama.close()

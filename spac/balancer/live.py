@@ -303,9 +303,9 @@ class LiveBalancer:
 
     @property
     def most_verified(self) -> int:
-        """How many drafted tokens to verify at most: the last plan's; before the first, any if it is known that decoding does not wait."""
-        if self.choice is not None:
-            return self.choice.verified
+        """How many drafted tokens to verify at most: none where decoding waits for reads, or where that is not known yet. Elsewhere
+        what pays is chosen for each proposal, and tried again now and then (spac/speculative/draft_length.py): a plan that drafts
+        none would never learn that the draft has become better."""
         return 0 if self.waits_for_reads or self.measured.reading_s.value is None else MOST_VERIFIED
 
     def decoded(self, decode: Decode) -> None:
@@ -322,10 +322,14 @@ class LiveBalancer:
         if self.measured.compute_s[0].value is None:
             return
         self._marks, self._steps = (self.measured.marks(), self.measured.accepted[0].get()), 0
+        # where decoding waits for reads a verified token takes nearly as long as a decode of its own, and what is measured
+        # of decodes that verify none must not grow old
+        self.have_planned(self._model.state(self.measured, self.has_drafted, self.verifies and not self.waits_for_reads))
+
+    def have_planned(self, state: State) -> None:
+        """Leave a state to the thread."""
         with self._wake:
-            # where decoding waits for reads a verified token takes nearly as long as a decode of its own, and what is measured
-            # of decodes that verify none must not grow old
-            self._asked = self._model.state(self.measured, self.has_drafted, self.verifies and not self.waits_for_reads)
+            self._asked = state
             if self._thread is None and not self._closed:
                 thread = threading.Thread(target=self._run, name="spac-balancer", daemon=True)
                 thread.start()
@@ -350,13 +354,14 @@ class LiveBalancer:
                 if self._closed or state is None:
                     return
             try:
-                self._plan(state)
+                self.plan(state)
             except Exception as e:  # whatever it is, decoding goes on
                 _log.warning("the balancer ends, the last plan stays: %s", e)
                 return
             self.cpu_s = time.thread_time()
 
-    def _plan(self, state: State) -> None:
+    def plan(self, state: State) -> None:
+        """Decide anew, by this."""
         begin = time.monotonic()
         plan = self._solve(state)
         if 0 <= time.monotonic() - begin <= DEADLINE_S:

@@ -290,8 +290,8 @@ std::unique_ptr<Order> make_order(const spac_simulation & s, Bundles bundles, co
 class Cache {
   public:
     Cache(const spac_simulation & s, Bundles bundles, const std::vector<uint64_t> & capacity, Order & order)
-        : in_use(bundles.size(), 0), bundles_(bundles), by_layer_(s.by_layer != 0), capacity_(capacity), held_(capacity.size(), 0),
-          present_(bundles.size(), 0), order_(order) {}
+        : in_use(bundles.size(), 0), guessed(bundles.size(), 0), bundles_(bundles), by_layer_(s.by_layer != 0), capacity_(capacity),
+          held_(capacity.size(), 0), present_(bundles.size(), 0), order_(order) {}
 
     bool has(int bundle) const { return present_[bundle]; }
     // A bundle comes in: false if all places are in use, or what is there is worth more than a guess.
@@ -305,6 +305,7 @@ class Cache {
             }
             present_[victim] = 0;
             --held;
+            wasted_bytes += std::exchange(guessed[victim], 0);
         }
         present_[bundle] = 1;
         ++held;
@@ -316,9 +317,12 @@ class Cache {
         present_[bundle] = 0;
         --held_[by_layer_ ? bundles_.layer(bundle) : 0];
         order_.remove(bundle);
+        wasted_bytes += std::exchange(guessed[bundle], 0);
     }
 
-    std::vector<uint8_t> in_use;  // by the layer being computed, or being read
+    std::vector<uint8_t> in_use;   // by the layer being computed, or being read
+    std::vector<double>  guessed;  // bytes of bundles that were read for a guess, and not used yet
+    double               wasted_bytes = 0;  // of those that left unused
 
   private:
     Bundles               bundles_;
@@ -350,6 +354,7 @@ class ReadingAhead {
                 }
                 const double n = std::min(room, left_[bundle]);
                 left_[bundle] -= n;
+                cache_.guessed[bundle] += n;
                 room -= n;
                 if (left_[bundle] == 0) {
                     cache_.in_use[bundle] = 0;
@@ -363,7 +368,10 @@ class ReadingAhead {
         return begin - room;
     }
     // It has chosen: what is still to be read of a bundle that is there; it is demanded now.
-    double demand(int bundle) { return std::exchange(left_[bundle], 0); }
+    double demand(int bundle) {
+        cache_.guessed[bundle] = 0;
+        return std::exchange(left_[bundle], 0);
+    }
     // What was read of this layer in vain is not gone on with. Returns what a demand waits for besides, a piece in flight.
     double stop(const Visit & visit, double wait_bytes) {
         bool wrong = false;
@@ -463,6 +471,9 @@ void simulate(spac_simulation & s) {
         }
         for (int32_t e : visit.experts) {
             cache.in_use[(size_t) bundles.at(visit.layer, e)] = 0;
+        }
+        if (s.visit_wasted_bytes) {
+            s.visit_wasted_bytes[visit.number] = std::exchange(cache.wasted_bytes, 0);
         }
     }
 }

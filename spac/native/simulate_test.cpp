@@ -198,7 +198,7 @@ TEST_CASE("what is expected is read while the disk is idle") {
     foresight[0][0][0][0] = -1;
     foresight[1][0][0][2] = 0.95f;
     foresight[1][0][1][3] = 0.95f;
-    double          wait[4], ahead[4];
+    double          wait[4], ahead[4], wasted[4];
     spac_simulation s{};
     s.struct_size       = sizeof s;
     s.ids               = ids;
@@ -212,12 +212,14 @@ TEST_CASE("what is expected is read while the disk is idle") {
     s.ahead_layers      = 2;
     s.read_from         = 0.9;
     s.idle_bytes        = 12;
-    s.visit_wait_bytes  = wait;
-    s.visit_ahead_bytes = ahead;
-    const auto check = [&](std::vector<double> waited, std::vector<double> read) {
+    s.visit_wait_bytes   = wait;
+    s.visit_ahead_bytes  = ahead;
+    s.visit_wasted_bytes = wasted;
+    const auto check = [&](std::vector<double> waited, std::vector<double> read, std::vector<double> in_vain = { 0, 0, 0, 0 }) {
         REQUIRE(spac_simulate(&s) == SPAC_OK);
         CHECK(std::vector<double>(wait, wait + 4) == waited);
         CHECK(std::vector<double>(ahead, ahead + 4) == read);
+        CHECK(std::vector<double>(wasted, wasted + 4) == in_vain);
     };
     check({ 10, 10, 0, 0 }, { 0, 0, 12, 8 });
     CHECK(s.misses == 2);
@@ -238,7 +240,7 @@ TEST_CASE("what is expected is read while the disk is idle") {
     foresight[1][0][0][3] = 0.95f;  // a wrong guess: what was read of it is lost, and the demand waits for the piece in flight
     s.idle_use_bytes      = 0;
     s.ahead_layers        = 1;
-    check({ 10, 10, 20, 6 }, { 0, 0, 4, 4 });
+    check({ 10, 10, 20, 6 }, { 0, 0, 4, 4 }, { 0, 0, 4, 0 });
     s.n_bundles    = 1;  // what is there, layer 1's 1, is pushed out only by what is worth more
     s.ahead_layers = 2;
     foresight[1][0][0][3] = 0;

@@ -174,7 +174,7 @@ class Speculation:
             draft.close()
 
     def _most_verified(self, llama: Llama) -> int:
-        """A number that was asked for is kept to; else the last plan's."""
+        """A number that was asked for is kept to; else as the balancer says."""
         balancer = llama.spac.balancer()
         return MOST_VERIFIED if balancer is None or isinstance(self._length, FixedLength) else balancer.most_verified
 

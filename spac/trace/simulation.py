@@ -49,6 +49,7 @@ class Replay:
         missed: uint16 [ubatches, layers], those that were not there, or not whole.
         wait_bytes: float64 [ubatches, layers], what was to be read once a layer had chosen.
         ahead_bytes: float64 [ubatches, layers], what was read before.
+        wasted_bytes: float64 [ubatches, layers], what had been read before and left unused now.
     """
 
     policy: str
@@ -61,6 +62,7 @@ class Replay:
     missed: Array
     wait_bytes: Array
     ahead_bytes: Array
+    wasted_bytes: Array
 
     @property
     def requests(self) -> int:
@@ -107,7 +109,7 @@ def replay(
     foresight = None if foresight is None else np.ascontiguousarray(foresight, np.float32)
     n_ubatches = len(np.unique(ubatch))
     uses, missed = np.zeros((2, n_ubatches, trace.n_layers), np.uint16)
-    wait_bytes, ahead_bytes = np.zeros((2, n_ubatches, trace.n_layers))
+    wait_bytes, ahead_bytes, wasted_bytes = np.zeros((3, n_ubatches, trace.n_layers))
     raw = control.Simulation(
         struct_size=ctypes.sizeof(control.Simulation),
         ids=ids.ctypes.data,
@@ -128,13 +130,14 @@ def replay(
         idle_use_bytes=ahead.idle_use_bytes if ahead else 0.0,
         visit_wait_bytes=wait_bytes.ctypes.data,
         visit_ahead_bytes=ahead_bytes.ctypes.data,
+        visit_wasted_bytes=wasted_bytes.ctypes.data,
         visit_uses=uses.ctypes.data,
         visit_misses=missed.ctypes.data,
     )
     control.check(control.spac_simulate(ctypes.byref(raw)))
     n_bytes = int(raw.bytes) if trace.bundle_bytes else None
     quotas = "layer" if by_layer else "global"
-    return Replay(policy, quotas, n_bundles, int(raw.hits), int(raw.misses), n_bytes, uses, missed, wait_bytes, ahead_bytes)
+    return Replay(policy, quotas, n_bundles, int(raw.hits), int(raw.misses), n_bytes, uses, missed, wait_bytes, ahead_bytes, wasted_bytes)
 
 
 def parse_cache(text: str, trace: Trace) -> int:

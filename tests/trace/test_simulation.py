@@ -217,4 +217,5 @@ def test_what_is_sure_is_read_ahead_while_the_disk_is_idle(make_trace: MakeTrace
     some = run(trace, n, foresight=told, ahead=Ahead(trace.n_layers, size / 2, 0))
     assert 0 < some.wait_bytes.sum() < plain.wait_bytes.sum()
     assert (some.ahead_bytes <= trace.n_layers * size).all()
+    assert not idle.wasted_bytes.any()
     assert (run(trace, n, foresight=told, ahead=Ahead(1, 1e12, 0, read_from=1.5)).wait_bytes == plain.wait_bytes).all()

@@ -206,6 +206,7 @@ typedef struct spac_simulation {
     // results
     double *         visit_wait_bytes;  // [n_ubatches][n_layers]: to be read when the layer has chosen; or NULL
     double *         visit_ahead_bytes; // the same: read before it has, for it and for later layers; or NULL
+    double *         visit_wasted_bytes; // the same: of what was ever read so, what left unused in this visit; or NULL
     uint16_t *       visit_uses;    // [n_ubatches][n_layers]: bundles asked for; room for n_tokens * n_layers, or NULL
     uint16_t *       visit_misses;  // the same: those that were not there
     uint64_t         n_ubatches;
