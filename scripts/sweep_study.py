@@ -452,6 +452,7 @@ class Live:
     def answer(self, number: int, answer: Answer) -> None:
         for prompt in answer.prompts():
             self.add(prompt)
+        self.balancer.begin()
         i = 0
         while i < len(answer.tokens):
             cycle = self.cycle(number, answer, i)

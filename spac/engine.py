@@ -180,6 +180,8 @@ class Foresight:
         self._learn(position, tokens)
         proposed, self._coming = self._coming, []
         self._now, self._drafted, self._after = None, self._after, None
+        if not proposed and (tokens is None or len(tokens) > 1):  # a prompt
+            self.balancer.begin()
         if tokens is None or self._calm_tokens >= IDLE_TOKENS:
             return
         # chances fall along a proposal, so what follows the verified tokens is the end of what was proposed

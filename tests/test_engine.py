@@ -194,6 +194,21 @@ def test_what_is_read_ahead_is_the_balancers_choice(model_path: Path, monkeypatc
     llama.close()
 
 
+def test_each_prompt_is_another_text_for_the_balancer(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[LiveBalancer] = []
+    monkeypatch.setattr(LiveBalancer, "begin", lambda self: begun.append(self))
+    llama = load(model_path)
+    llama.eval(list(range(3, 20)))
+    n = len(begun)
+    assert n > 0
+    llama.eval([5])
+    llama.eval([6])
+    assert len(begun) == n
+    llama.eval(list(range(3, 20)))
+    assert len(begun) > n
+    llama.close()
+
+
 def test_the_balancer_plans_while_tokens_come(model_path: Path, draft: ModelDraft) -> None:
     """And its thread ends with the model."""
     llama = load(model_path)

@@ -296,6 +296,12 @@ class LiveBalancer:
             self._marks, self._steps = None, 0
         self.measured.drafted(chances, known, seconds)
 
+    def begin(self) -> None:
+        """Another text comes: the next plan is a first one. What a draft that was not worth asking is like there, is seen until then."""
+        self._marks, self._steps = None, 0
+        if self.choice is not None and self.choice.drafted == 0 and self.waits_for_reads:
+            self.choice = replace(self.choice, drafted=MOST_DRAFTED)
+
     @property
     def waits_for_reads(self) -> bool:
         """Whether reads take longer than computing. Else the fifth of them that a draft may save is less than drafting."""

@@ -15,6 +15,7 @@ from typing import Any, Final
 from spac.bench.contender import Command, Contender, Spec, Task, TryRun
 from spac.bench.record import decode_tokens_per_s
 from spac.errors import OptionError, SpacError
+from spac.gguf.check import ModelFacts, check_model
 from spac.host.limits import LimitedRun
 from spac.host.memory import MIB
 
@@ -88,62 +89,100 @@ _Key = tuple[str, str, int, bool]
 _found: dict[_Key, tuple[int, list[tuple[int, float]]]] = {}
 
 
-class BigMoe(Peer):
-    """BigMoeOnEdge: an expert cache in memory. `predict`: with `--predict-prefetch`; `cache=MIB`: instead of searching."""
+class _Caching(Peer):
+    """A peer with an expert cache of its own, whose size is given, or searched for once for each limit.
 
-    title = "BigMoeOnEdge"
-    sign = "--moe-stream"
-    options = (("predict",), ("cache",))
+    Attributes:
+        option: gives the size, in the peer's own unit.
+        predict: with prefetching, which takes memory too.
+    """
+
+    option = ""
+    unit = ""
+    predict = False
 
     def __init__(self, spec: Spec, binary: Path, arguments: Sequence[str]) -> None:
         super().__init__(spec, binary, arguments)
-        cache = spec.values.get("cache")
-        if cache is not None and not cache.isdigit():
-            raise OptionError(f"contender {spec.text!r}: cache is {cache!r}, expected a number of MiB")
-        self.predict = "predict" in spec.words
-        self.given = int(cache) if cache is not None else None
+        size = spec.values.get(self.option)
+        if size is not None and not size.isdigit():
+            raise OptionError(f"contender {spec.text!r}: {self.option} is {size!r}, expected a number of {self.unit}")
+        self.given = int(size) if size is not None else None
 
-    def environment(self) -> dict[str, str]:
-        return {"OMP_WAIT_POLICY": "passive"}  # else OpenMP's spinning starves its reading threads, and it is slower
+    def unit_bytes(self, task: Task) -> int:
+        raise NotImplementedError
+
+    def sizes(self, task: Task) -> list[int]:
+        """Cache sizes to try, the most promising first."""
+        raise NotImplementedError
+
+    def with_cache(self, task: Task, text: str, size: int) -> list[str]:
+        """Program and arguments for one prompt."""
+        raise NotImplementedError
 
     def skip(self, task: Task) -> str | None:
-        if super().skip(task) is None and self.given is None and not candidates(task):
+        if super().skip(task) is None and self.given is None and not self.sizes(task):
             return "no cache fits into the limit"
         return super().skip(task)
 
     def prepare(self, task: Task, run: TryRun) -> dict[str, Any]:
+        mib = self.unit_bytes(task) / MIB
         if self.given is not None:
-            return {"cache_mib": self.given}
+            return {"cache_mib": round(self.given * mib)}
         key, plain = self._key(task, self.predict), self._key(task, False)
         if key not in _found:
-            sizes = candidates(task)
+            sizes = self.sizes(task)
             if self.predict and plain in _found:  # what fits without prefetching is the most that may fit with it
                 sizes = sorted({_found[plain][0], *(s for s in sizes if s < _found[plain][0])}, reverse=True)
             tried: list[tuple[int, float]] = []
 
-            def speed(cache_mib: int, *, short: bool = True) -> float:
-                arguments = self.command(task, task.prompts[0].text, cache_mib)
+            def speed(size: int, *, short: bool = True) -> float:
+                arguments = self.with_cache(task, task.prompts[0].text, size)
                 if short:
                     where = arguments.index("-n") + 1
                     arguments[where] = str(min(int(arguments[where]), TRIAL_TOKENS))
                 command = Command(arguments, self.environment(), task.prompts[:1])
                 figures = self.figures(run(command), command)
-                tried.append((cache_mib, (decode_tokens_per_s(figures) or 0.0) if figures["complete"] else 0.0))
+                tried.append((size, (decode_tokens_per_s(figures) or 0.0) if figures["complete"] else 0.0))
                 return tried[-1][1]
 
             _found[key] = best_cache(sizes, speed, lambda size: speed(size, short=False) > 0), tried
-        cache_mib, tried = _found[key]
-        return {"cache_mib": cache_mib, "tried_tokens_per_s": tried}
+        size, tried = _found[key]
+        return {"cache_mib": round(size * mib), "tried_tokens_per_s": [(round(s * mib), speed) for s, speed in tried]}
 
     def _key(self, task: Task, predict: bool) -> _Key:
         return str(self.binary), str(task.model), task.limits.memory_bytes or 0, predict
 
-    def command(self, task: Task, text: str, cache_mib: int | None = None) -> list[str]:
-        if cache_mib is None:
-            cache_mib = self.given if self.given is not None else _found[self._key(task, self.predict)][0]
+    def command(self, task: Task, text: str) -> list[str]:
+        return self.with_cache(task, text, self.given if self.given is not None else _found[self._key(task, self.predict)][0])
+
+
+class BigMoe(_Caching):
+    """BigMoeOnEdge: an expert cache in memory. `predict`: with `--predict-prefetch`; `cache=MIB`: instead of searching."""
+
+    title = "BigMoeOnEdge"
+    sign = "--moe-stream"
+    options = (("predict",), ("cache",))
+    option = "cache"
+    unit = "MiB"
+
+    def __init__(self, spec: Spec, binary: Path, arguments: Sequence[str]) -> None:
+        super().__init__(spec, binary, arguments)
+        self.predict = "predict" in spec.words
+
+    def environment(self) -> dict[str, str]:
+        return {"OMP_WAIT_POLICY": "passive"}  # else OpenMP's spinning starves its reading threads, and it is slower
+
+    def unit_bytes(self, task: Task) -> int:
+        return MIB
+
+    def sizes(self, task: Task) -> list[int]:
+        facts = check_model(str(task.model))
+        return cache_sizes(task, facts, MIB, facts.expert_bytes // MIB + 1)
+
+    def with_cache(self, task: Task, text: str, size: int) -> list[str]:
         return [
             *self.common(task, text), "--moe-stream", "--overlap", "--dense-weights", "anon", "--io-threads", "8",
-            "--cache-mb", str(cache_mib), "--force-cache", "--ubatch", str(min(64, task.row.ubatch)), "--progress",
+            "--cache-mb", str(size), "--force-cache", "--ubatch", str(min(64, task.row.ubatch)), "--progress",
             *(["--predict-prefetch"] if self.predict else []), *self.extra,
         ]  # fmt: skip
 
@@ -171,18 +210,18 @@ class BigMoe(Peer):
         return found
 
 
-def candidates(task: Task) -> list[int]:
-    """Cache sizes to try for BigMoeOnEdge, MiB, the most promising first: what the limit leaves after dense weights and some more."""
-    from spac.gguf.check import check_model
+def cache_sizes(task: Task, facts: ModelFacts, unit_bytes: int, everything: int) -> list[int]:
+    """Cache sizes to try, in units, the most promising first: what the limit leaves after dense weights and some more.
 
-    facts = check_model(str(task.model))
+    Args:
+        everything: with so many units nothing is left to be cached.
+    """
     dense = facts.file_bytes - facts.expert_bytes
     if task.limits.memory_bytes is None:
-        return [facts.expert_bytes // MIB + 1]
-    everything = facts.expert_bytes // MIB + 1
+        return [everything]
     found = []
     for overhead_mib in (200, 140, 96, 64, 300, 450):
-        cache = min((task.limits.memory_bytes - dense) // MIB - overhead_mib, everything)
+        cache = min((task.limits.memory_bytes - dense - overhead_mib * MIB) // unit_bytes, everything)
         if cache > 0 and cache not in found:
             found.append(cache)
     return found
@@ -217,8 +256,8 @@ class _LlamaCli(Peer):
 
     def figures(self, run: LimitedRun, command: Command) -> dict[str, Any]:
         output = run.stdout + "\n" + run.stderr
-        decode = re.findall(r"^\S+:\s+eval time =\s+([\d.]+) ms /\s+(\d+) (?:tokens|runs)", output, re.MULTILINE)
-        prefill = re.findall(r"^\S+:\s+prompt eval time =\s+([\d.]+) ms /\s+(\d+) tokens", output, re.MULTILINE)
+        decode = re.findall(r"^[^:\n]*:\s+eval time =\s+([\d.]+) ms /\s+(\d+) (?:tokens|runs)", output, re.MULTILINE)
+        prefill = re.findall(r"^[^:\n]*:\s+prompt eval time =\s+([\d.]+) ms /\s+(\d+) tokens", output, re.MULTILINE)
         complete = bool(decode) and run.returncode == 0
         if not decode:
             return {"prompts": [], "complete": False}
@@ -246,20 +285,42 @@ class IkLlama(_LlamaCli):
         ]  # fmt: skip
 
 
-class LlamaPull25294(_LlamaCli):
-    """`llama-completion` of llama.cpp's pull request 25294 (streaming of routed experts from disk).
+class LlamaPull25294(_LlamaCli, _Caching):
+    """`llama-completion` of llama.cpp's pull request 25294: routed experts come from disk into a cache of so many slots for each layer.
 
-    Its option's name is not settled, so it is given by hand, with `--peer-args llama-pr25294=...`.
+    `slots=N`: instead of searching. It takes no fewer than three times the experts of a token, and with as many as a layer
+    has it does not stream. `buffered`: through the page cache, which counts against the limit.
     """
 
-    title = "llama.cpp llama-completion"
-    sign = "--ubatch-size"
+    title = "llama-completion of llama.cpp's pull request 25294"
+    sign = "--moe-stream-cache"
+    options = (("buffered",), ("slots",))
+    option = "slots"
+    unit = "slots"
 
-    def command(self, task: Task, text: str) -> list[str]:
+    def __init__(self, spec: Spec, binary: Path, arguments: Sequence[str]) -> None:
+        super().__init__(spec, binary, arguments)
+        self.buffered = "buffered" in spec.words
+
+    def unit_bytes(self, task: Task) -> int:
+        return sum(layer.bundle_bytes for layer in check_model(str(task.model)).expert_layers)
+
+    def sizes(self, task: Task) -> list[int]:
+        facts = check_model(str(task.model))
+        return [n for n in cache_sizes(task, facts, self.unit_bytes(task), facts.n_experts - 1) if n >= 3 * facts.n_experts_used]
+
+    def with_cache(self, task: Task, text: str, size: int) -> list[str]:
         return [
             *self.common(task, text), "-tb", str(task.threads), "-ub", str(task.row.ubatch), "-b", str(max(512, task.row.ubatch)),
-            "--ignore-eos", "--no-warmup", "-no-cnv", "--no-display-prompt", *self.extra,
+            "--ignore-eos", "-fit", "off", "-no-cnv", "--no-display-prompt", "-lv", "4", "--moe-stream-cache", f"{size}s",
+            *([] if self.buffered else ["--moe-stream-direct"]), *self.extra,
         ]  # fmt: skip
+
+    def figures(self, run: LimitedRun, command: Command) -> dict[str, Any]:
+        """Besides, the cache's hit rate, which its log has."""
+        found = super().figures(run, command)
+        hits = re.findall(r"moe stream: .*hit rate = ([\d.]+)%", run.stderr)
+        return found | ({"expert": {"hit_rate": float(hits[-1]) / 100}} if hits else {})
 
 
 PEERS: Final[dict[str, Callable[[Spec, Path, Sequence[str]], Peer]]] = {

@@ -304,3 +304,18 @@ def test_no_plan_verifies_where_decoding_waits_for_reads(stall_s: float, may_ver
         feed(balancer, replace(WAITING, seconds=0.100, stall_s=stall_s), live.FIRST_PLAN, chance=0.95)
         planned(balancer, 1)
     assert [len(state.accepted) for state in asked] == [may_verify]
+
+
+@pytest.mark.parametrize(("stall_s", "drafted"), [(0.170, live.MOST_DRAFTED), (0.010, 0)])
+def test_another_text_is_planned_for_anew(balancer: LiveBalancer, stall_s: float, drafted: int) -> None:
+    """Soon, though nothing has changed; a draft that was not asked is, where reads are waited for."""
+    decode = replace(WAITING, stall_s=stall_s)
+    feed(balancer, decode, live.FIRST_PLAN)
+    planned(balancer, 1)
+    balancer.choice = Choice(depth=1)
+    balancer.begin()
+    assert balancer.choice == Choice(depth=1, drafted=drafted)
+    feed(balancer, decode, live.FIRST_PLAN - 1)
+    assert balancer.plans == 1
+    feed(balancer, decode, 1)
+    planned(balancer, 2)

@@ -13,6 +13,7 @@ from spac.bench.contender import Command, Spec, Task, make
 from spac.bench.prompt import Prompt
 from spac.bench.suite import Row
 from spac.errors import OptionError, SpacError
+from spac.gguf.check import check_model
 from spac.host.limits import LimitedRun, Limits
 
 MIB = 1 << 20
@@ -151,9 +152,30 @@ def test_ik_llama_and_the_pull_request(script: Script, model_path: Path) -> None
     ik = make("ik_llama", {"ik_llama": script("--prefetch-experts")}, {})
     assert ik is not None
     assert "--prefetch-experts" in ik.commands(task(model_path, None))[0].arguments
-    pull = make("llama-pr25294", {"llama-pr25294": script("--ubatch-size")}, {"llama-pr25294": ["--stream", "1"]})
+    binary = script("--moe-stream-cache")
+    pull = make("llama-pr25294:slots=12", {"llama-pr25294": binary}, {"llama-pr25294": ["--moe-stream-io-threads", "4"]})
     assert pull is not None
-    assert pull.commands(task(model_path, None))[0].arguments[-2:] == ["--stream", "1"]
+    text = " ".join(pull.commands(task(model_path, None))[0].arguments)
+    assert text.endswith("--moe-stream-cache 12s --moe-stream-direct --moe-stream-io-threads 4")
+    assert pull.prepare(task(model_path, None), lambda _: pytest.fail("nothing is searched for"))["cache_mib"] > 0
+    buffered = make("llama-pr25294:slots=12,buffered", {"llama-pr25294": binary}, {})
+    assert buffered is not None
+    assert buffered.commands(task(model_path, None))[0].arguments[-1] == "12s"
+
+
+def test_the_pull_request_takes_as_many_slots_as_fit(script: Script, model_path: Path) -> None:
+    """A slot is an expert of each layer; fewer than three times a token's experts it refuses, and with all of them it does not stream."""
+    pull = make("llama-pr25294", {"llama-pr25294": script("--moe-stream-cache")}, {})
+    assert isinstance(pull, peers.LlamaPull25294)
+    facts = check_model(str(model_path))
+    slot = facts.expert_bytes // facts.n_experts
+    for slots, found in ((31, 31), (20, 20), (12, 12), (11, None)):
+        limit = facts.file_bytes - facts.expert_bytes + 200 * MIB + slots * slot
+        sizes = pull.sizes(task(model_path, limit))
+        assert (sizes[0] if found else [n for n in sizes if n == slots]) == (found or [])
+        assert all(3 * facts.n_experts_used <= n < facts.n_experts for n in sizes)
+    assert pull.sizes(task(model_path, None)) == [facts.n_experts - 1]
+    assert "no cache fits" in (pull.skip(task(model_path, 10 * MIB)) or "")
 
 
 def test_peers_sit_out_what_they_cannot_do(script: Script, model_path: Path) -> None:
@@ -264,9 +286,9 @@ def test_bigmoe_that_was_killed(script: Script) -> None:
             "main:        eval time =      50.0 ms /    10 tokens (    2.48 ms per token,   403.33 tokens per second)\n",
         ),
         (
-            "llama-pr25294", "--ubatch-size",
-            "llama_perf_context_print: prompt eval time =      20.0 ms /     7 tokens (  2 ms per token)\n"
-            "llama_perf_context_print:        eval time =      50.0 ms /    10 runs   (  5 ms per token)\n",
+            "llama-pr25294", "--moe-stream-cache",
+            "1.28.904.322 I common_perf_print: prompt eval time =      20.0 ms /     7 tokens (  2 ms per token)\n"
+            "1.28.904.328 I common_perf_print:        eval time =      50.0 ms /    10 runs   (  5 ms per token)\n",
         ),
     ],
 )  # fmt: skip
@@ -275,6 +297,15 @@ def test_what_llama_cli_prints(script: Script, name: str, sign: str, output: str
     (answer,) = found["prompts"]  # type: ignore[misc]
     assert (answer["tokens"], answer["mean_token_s"], answer["ttft_s"], answer["prompt_tokens"]) == (10, 0.005, 0.02, 7)
     assert figures(name, sign, script, LimitedRun(1, "", "error", 1.0, None, None)) == {"prompts": [], "complete": False}
+
+
+def test_the_pull_request_says_how_often_its_cache_hit(script: Script) -> None:
+    output = (
+        "1.28.904.328 I common_perf_print:        eval time =      50.0 ms /    10 runs   (  5 ms per token)\n"
+        "1.28.904.333 I print_stats: moe stream: remap calls = 320, expert hits = 942, misses = 553 (297 cold), hit rate = 63.01%\n"
+    )
+    found = figures("llama-pr25294", "--moe-stream-cache", script, LimitedRun(0, "", output, 1.0, None, None))
+    assert found["expert"] == {"hit_rate": pytest.approx(0.6301)}
 
 
 def test_events_of_a_worker_that_was_killed() -> None:
