@@ -44,7 +44,8 @@ class Costs:
         recall, precision = np.array(state.lookahead, float)[depth].T
         growth, disk = np.array(state.growth)[verified], rates[faster][flight]
         rate = np.minimum(disk, state.reads.limit_bytes_per_s or np.inf)
-        self.compute_s = (np.array(state.decode_s)[verified] + self.drafted * (state.draft_s or 0.0)) / accepted
+        drafting_s = self.drafted * (state.draft_s or 0.0) + (self.drafted > 0) * state.draft_start_s
+        self.compute_s = (np.array(state.decode_s)[verified] + drafting_s) / accepted
         self.model_read_s = growth * (1 - np.array(state.sensed)[more]) / accepted / rate
         self.draft_read_s = self.drafted / accepted / rate
         self.waits = (1 - recall) * rate / disk

@@ -41,6 +41,7 @@ NICE: Final = 19
 
 MOST_VERIFIED: Final = 4
 MOST_DRAFTED: Final = 4
+MOST_OF_START: Final = 3  # of what beginning to draft takes, in tokens
 # Part of the misses that one more token's experts save if it is known, by its distance: docs/benchmarks/lookahead-misses.md ("known",
 # both models, a quarter of the experts).
 SAVED_BY_KNOWN: Final = (0.07, 0.05, 0.04, 0.04)
@@ -116,6 +117,30 @@ class ReadCost:
         return min(max(decode.stall_s, slope * decode.read_bytes), MOST_OF_WAITING * decode.stall_s, decode.seconds)
 
 
+class DraftCost:
+    """What a proposal takes: its first token more than each other one, since drafting must begin, and the pager be told."""
+
+    def __init__(self) -> None:
+        self._seconds = [Mean() for _ in range(MOST_DRAFTED)]  # by number of tokens
+        self._last = 0
+
+    def add(self, n: int, seconds: float) -> None:
+        """A proposal of n tokens."""
+        self._last = min(n, MOST_DRAFTED)
+        self._seconds[self._last - 1].add(seconds * self._last / n)
+
+    def parts(self) -> tuple[float, float]:
+        """Seconds of beginning, and of each token: on a line through the last number of tokens and the one farthest from it."""
+        if self._last == 0:
+            return 0.0, 0.0
+        n, whole = self._last, self._seconds[self._last - 1].get()
+        others = [(abs(i - n), i, mean.value) for i, mean in enumerate(self._seconds, 1) if i != n and mean.value is not None]
+        _, i, seconds = max(others, default=(0, -1, 0.0))  # none: beginning is a token's work
+        token_s = (whole - seconds) / (n - i)
+        token_s = min(max(token_s, whole / (n + MOST_OF_START)), whole / n)
+        return whole - n * token_s, token_s
+
+
 @dataclass
 class Measured:
     """Running means of what plans hang on.
@@ -124,7 +149,6 @@ class Measured:
         compute_s: of a decode without its reads, by how many drafted tokens it verified; `growth`: its misses, in those of a decode
             that verified none.
         misses, reading_s: of a decode that verified none; `reading_s`: what its reads took.
-        draft_s: for each token.
         accepted: of each drafted token, the chance that it and those before it are right.
         known: of each drafted token and its alternatives, the chance that one of them comes.
     """
@@ -135,7 +159,7 @@ class Measured:
     known: list[Mean] = field(default_factory=lambda: [Mean(SLOW) for _ in range(MOST_DRAFTED)])
     misses: Mean = field(default_factory=Mean)
     reading_s: Mean = field(default_factory=Mean)
-    draft_s: Mean = field(default_factory=Mean)
+    draft: DraftCost = field(default_factory=DraftCost)
     recall: Mean = field(default_factory=lambda: Mean(SLOW))
     precision: Mean = field(default_factory=lambda: Mean(SLOW))
     budget_bytes: int = 0
@@ -163,14 +187,14 @@ class Measured:
         if not chances:
             return
         if self.accepted[0].value is not None:
-            self.draft_s.add(seconds / len(chances))
+            self.draft.add(len(chances), seconds)
         for means, values in ((self.accepted, chances), (self.known, gone_on(known, MOST_DRAFTED))):
             for mean, value in zip(means, values, strict=False):
                 mean.add(value)
 
     def marks(self) -> tuple[float, ...]:
         """By which a change is noticed."""
-        return self.reading_s.get(), self.misses.get(), self.compute_s[0].get(), self.draft_s.get(), float(self.budget_bytes)
+        return self.reading_s.get(), self.misses.get(), self.compute_s[0].get(), sum(self.draft.parts()), float(self.budget_bytes)
 
     def changed(self, marks: Sequence[float], chance: float) -> bool:
         """Since these marks, and this chance of the first drafted token."""
@@ -221,6 +245,7 @@ class Model:
         compute = [mean.get(base_s * (1 + GUESSED_SLOPE * i)) for i, mean in enumerate(measured.compute_s[: n + 1])]
         growth = [mean.get(1.0 + i) for i, mean in enumerate(measured.growth[: n + 1])]
         known = [mean.get() for mean in measured.known] if drafts else []
+        draft_start_s, draft_s = measured.draft.parts()
         recall, precision = measured.recall.get(GUESSED_LOOKAHEAD.recall), measured.precision.get(GUESSED_LOOKAHEAD.precision)
         slice_bytes = self.bundle_bytes // PARTS
         return State(
@@ -230,7 +255,8 @@ class Model:
             decode_s=tuple(compute),
             growth=(1.0, *growth[1:]),
             accepted=tuple(min(1.0, mean.get()) for mean in measured.accepted[:n]),
-            draft_s=measured.draft_s.get() if drafts else None,
+            draft_s=draft_s if drafts else None,
+            draft_start_s=draft_start_s if drafts else 0.0,
             sensed=(0.0, *np.minimum(1.0, np.cumsum([a * b for a, b in zip(SAVED_BY_KNOWN, known, strict=False)])).tolist()),
             lookahead=(Lookahead(0.0, 1.0), Lookahead(min(1.0, recall), min(1.0, precision))),
             in_flight=(1,),
@@ -242,7 +268,7 @@ class Model:
         share = (state.budget_bytes // self.bundle_bytes) / self.n_bundles
         more = min(1.0, share + freed_bytes / (self.n_bundles * self.bundle_bytes))
         curve = cache.curve.scaled(min(1.0, self.misses_at(more) / self.misses_at(share)))
-        alone = replace(state, decode_s=state.decode_s[:1], growth=(1.0,), accepted=(), draft_s=None, sensed=(0.0,))
+        alone = replace(state, decode_s=state.decode_s[:1], growth=(1.0,), accepted=(), draft_s=None, draft_start_s=0.0, sensed=(0.0,))
         return replace(alone, caches=(replace(cache, curve=curve),))
 
 

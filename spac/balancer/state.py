@@ -71,7 +71,7 @@ class State:
         decode_s: seconds of a decode with all experts in RAM, by number of drafted tokens that it verifies, from 0 on.
         growth: misses of such a decode, in those of a decode of one token; [0] is 1.
         accepted: of each drafted token, the chance that it and all before it are right.
-        draft_s: seconds for each drafted token, the draft's experts in RAM; None: there is no draft.
+        draft_s: seconds for each drafted token, the draft's experts in RAM; None: there is no draft. `draft_start_s`: besides, if any is.
         sensed: the part of the misses that knowing so many drafted tokens beyond the verified ones saves, from 0 on; [0] is 0.
         lookahead: by layers read ahead, from 0 on; [0] is (0, 1).
         in_flight: numbers of reads in flight to choose among.
@@ -88,6 +88,7 @@ class State:
     growth: tuple[float, ...] = (1.0,)
     accepted: tuple[float, ...] = ()
     draft_s: float | None = None
+    draft_start_s: float = 0.0
     sensed: tuple[float, ...] = (0.0,)
     lookahead: tuple[Lookahead, ...] = (Lookahead(0.0, 1.0),)
     in_flight: tuple[int, ...] = IN_FLIGHT
@@ -99,7 +100,8 @@ class State:
                 raise OptionError(f"the balancer cannot plan with this: {what}")
 
         fast = [] if self.fast is None else [float(self.fast.budget_bytes), self.fast.saved_s]
-        numbers = [self.budget_bytes, *self.decode_s, *self.growth, *self.accepted, self.draft_s or 0.0, *self.sensed, *fast]
+        drafting = self.draft_s or 0.0, self.draft_start_s
+        numbers = [self.budget_bytes, *self.decode_s, *self.growth, *self.accepted, *drafting, *self.sensed, *fast]
         need(all(math.isfinite(x) and x >= 0 for x in numbers), "a number is negative or no number")
         need(any(not cache.of_draft for cache in self.caches), "no cache of the model")
         for cache in self.caches:

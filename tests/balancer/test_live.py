@@ -319,3 +319,21 @@ def test_another_text_is_planned_for_anew(balancer: LiveBalancer, stall_s: float
     assert balancer.plans == 1
     feed(balancer, decode, 1)
     planned(balancer, 2)
+
+
+def test_a_proposals_first_token_takes_longer_than_the_others() -> None:
+    """Else one token, once it is all that is drafted, would look as dear for ever as the first one is."""
+    cost = live.DraftCost()
+    assert cost.parts() == (0, 0)
+    cost.add(4, 0.005)
+    assert cost.parts() == pytest.approx((0.001, 0.001))  # one number alone
+    cost.add(1, 0.0026)
+    assert cost.parts() == pytest.approx((0.0018, 0.0008))
+    cost.add(2, 0.0034)
+    assert cost.parts() == pytest.approx((0.0018, 0.0008))
+    for _ in range(100):
+        cost.add(8, 0.080)  # the machine has changed; the times of fewer tokens are old
+    assert cost.parts() == pytest.approx((0, 0.010))
+    for _ in range(100):
+        cost.add(1, 0.004)
+    assert cost.parts() == pytest.approx((0, 0.004))

@@ -38,6 +38,7 @@ def make_state(seed: int, sizes: tuple[int, ...] = (3 * KIB,) * 3, *, draft: boo
         growth=(1.0, 1.8, 2.5),
         accepted=tuple((random.random() * np.array([1.0, 0.7])).tolist()),
         draft_s=random.random() * 0.003,
+        draft_start_s=random.random() * 0.003,
         sensed=(0.0, 0.1, 0.15),
         lookahead=(Lookahead(0, 1), Lookahead(float(random.random()), float(random.uniform(0.2, 1)))),
         in_flight=(1, 4, 16),
@@ -117,7 +118,7 @@ def _by_hand(state: State, choice: Choice, slots: tuple[int, ...]) -> float:
         times = choice.drafted if cache.of_draft else state.growth[choice.verified] * (1 - state.sensed[choice.drafted - choice.verified])
         missed += times * cache.bundle_bytes * float(cache.curve.at(n))
     read_s, wait_s = missed / rate, missed / disk
-    compute_s = state.decode_s[choice.verified] + choice.drafted * (state.draft_s or 0)
+    compute_s = state.decode_s[choice.verified] + choice.drafted * (state.draft_s or 0) + (choice.drafted > 0) * state.draft_start_s
     cycle_s = max(compute_s + (1 - look.recall) * wait_s, (1 - look.recall + look.recall / look.precision) * read_s)
     return cycle_s / (1 + sum(state.accepted[: choice.verified]))
 
@@ -173,7 +174,9 @@ def test_what_is_too_small_is_said_with_what_would_do() -> None:
     need = floor_bytes(state)
     solve(replace(state, budget_bytes=need))
     for method in (solve, greedy, uniform, separate):
-        with pytest.raises(BudgetError, match=r"^an expert budget of 0\.0 MiB is too small: .* take 0\.1 MiB; raise the memory limit by") as e:
+        with pytest.raises(
+            BudgetError, match=r"^an expert budget of 0\.0 MiB is too small: .* take 0\.1 MiB; raise the memory limit by"
+        ) as e:
             method(replace(state, budget_bytes=need - 1))  # type: ignore[operator]
         advice = float(str(e.value).split()[-2])
         method(replace(state, budget_bytes=need - 1 + int(advice * (1 << 20))))  # type: ignore[operator]
