@@ -22,6 +22,7 @@ from spac.balancer.cost import Costs
 from spac.balancer.curves import MissCurve
 from spac.balancer.heuristics import greedy
 from spac.balancer.state import Cache, Choice, Lookahead, Plan, State
+from spac.means import Mean, Usual
 from spac.trace.timing import PARTS, Reads
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 FIRST_PLAN: Final = 8  # decodes
 FAST: Final = 0.2  # weight of a new value in a running mean: of times and misses, which change with the machine
 SLOW: Final = 0.03  # the same of what a text or a draft is like: from a few tokens of one kind it is up to 4 % off (docs/balancer.md)
+MEDIUM: Final = 0.1  # the same of chances that rise while a text goes on, and while they are being calibrated
 CHANGED: Final = 1.4  # a mean that has changed by this factor asks for a new plan
 CHANGED_CHANCE: Final = 0.15  # a chance, by this much
 LEAST_STEPS: Final = 4  # decodes between two plans
@@ -50,23 +52,6 @@ GUESSED_LOOKAHEAD: Final = Lookahead(0.05, 0.8)  # before anything was read ahea
 LEAST_DECODES: Final = 8  # that tell what a byte costs
 MOST_OF_WAITING: Final = 1.5  # what reads are said to take at most, in what was waited for them
 LEAST_AHEAD_BYTES: Final = 1 << 20  # by decode, to be measured
-
-
-class Mean:
-    """A running mean; None before the first value. `weight`: of a new value, once there are enough."""
-
-    def __init__(self, weight: float = FAST) -> None:
-        self.value: float | None = None
-        self._weight = weight
-        self._n = 0
-
-    def add(self, value: float) -> None:
-        self._n += 1
-        before = self.value or 0.0
-        self.value = before + max(self._weight, 1 / self._n) * (value - before)
-
-    def get(self, default: float = 0.0) -> float:
-        return default if self.value is None else self.value
 
 
 @dataclass(frozen=True)
@@ -121,7 +106,7 @@ class DraftCost:
     """What a proposal takes: its first token more than each other one, since drafting must begin, and the pager be told."""
 
     def __init__(self) -> None:
-        self._seconds = [Mean() for _ in range(MOST_DRAFTED)]  # by number of tokens
+        self._seconds = [Usual() for _ in range(MOST_DRAFTED)]  # by number of tokens
         self._last = 0
 
     def add(self, n: int, seconds: float) -> None:
@@ -153,12 +138,12 @@ class Measured:
         known: of each drafted token and its alternatives, the chance that one of them comes.
     """
 
-    compute_s: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_VERIFIED + 1)])
+    compute_s: list[Mean] = field(default_factory=lambda: [Mean(FAST) for _ in range(MOST_VERIFIED + 1)])
     growth: list[Mean] = field(default_factory=lambda: [Mean(SLOW) for _ in range(MOST_VERIFIED + 1)])
-    accepted: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(MOST_VERIFIED)])
-    known: list[Mean] = field(default_factory=lambda: [Mean(SLOW) for _ in range(MOST_DRAFTED)])
-    misses: Mean = field(default_factory=Mean)
-    reading_s: Mean = field(default_factory=Mean)
+    accepted: list[Mean] = field(default_factory=lambda: [Mean(FAST) for _ in range(MOST_VERIFIED)])
+    known: list[Mean] = field(default_factory=lambda: [Mean(MEDIUM) for _ in range(MOST_DRAFTED)])
+    misses: Mean = field(default_factory=lambda: Mean(FAST))
+    reading_s: Mean = field(default_factory=lambda: Mean(FAST))
     draft: DraftCost = field(default_factory=DraftCost)
     recall: Mean = field(default_factory=lambda: Mean(SLOW))
     precision: Mean = field(default_factory=lambda: Mean(SLOW))

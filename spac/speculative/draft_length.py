@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Sequence
 from typing import Final, Protocol
+
+from spac.means import Mean, Usual
+
+FADING: Final = 0.1  # weight of a new value in a mean, once there are enough
 
 
 class Length(Protocol):
@@ -64,10 +67,10 @@ class DraftLength:
         self._since_try = 0
         self._rest = self.REST[0]
         self._alternate = itertools.cycle((1, 0))
-        self._worth = [_Mean() for _ in range(self.MOST + 1)]  # of a proposal by length, its drafting not yet paid for
-        self._draft_s = _Usual()  # for each token
-        self._decode_s: dict[int, _Usual] = {}  # by number verified
-        self._tokens, self._seconds = _Mean(), _Usual()  # of a cycle
+        self._worth = [Mean(FADING) for _ in range(self.MOST + 1)]  # of a proposal by length, its drafting not yet paid for
+        self._draft_s = Usual()  # for each token
+        self._decode_s: dict[int, Usual] = {}  # by number verified
+        self._tokens, self._seconds = Mean(FADING), Usual()  # of a cycle
         self._now: tuple[list[float], float] = ([0.0], 0.0)  # this cycle's sums of chances, and seconds of drafting
 
     def choose(self, chances: Sequence[float], asked: int, draft_s: float) -> int:
@@ -83,25 +86,25 @@ class DraftLength:
 
     def measured(self, n_verified: int, decode_s: float) -> None:
         sums, draft_s = self._now
-        self._decode_s.setdefault(n_verified, _Usual()).add(decode_s)
+        self._decode_s.setdefault(n_verified, Usual()).add(decode_s)
         self._tokens.add(1 + sums[min(n_verified, len(sums) - 1)])
         self._seconds.add(decode_s + draft_s)
 
     def decode_s(self, n_verified: int) -> float:
         """Expected seconds of a decode; where it was not measured, on a line through what was."""
         if n_verified in self._decode_s:
-            return self._decode_s[n_verified].value
+            return self._decode_s[n_verified].get()
         known = sorted(self._decode_s)
         below = [k for k in known if k < n_verified] or known[:1]
         above = [k for k in known if k > n_verified]
         a = below[-1]
         b = above[0] if above else known[0]
-        base = self._decode_s[a].value
-        slope = (self._decode_s[b].value - base) / (b - a) if a != b else base * self.GUESSED_SLOPE
+        base = self._decode_s[a].get()
+        slope = (self._decode_s[b].get() - base) / (b - a) if a != b else base * self.GUESSED_SLOPE
         return base + max(slope, 0.0) * (n_verified - a)
 
     def _rate(self) -> float:
-        return self._tokens.value / self._seconds.value if self._seconds.value > 0 else 0.0
+        return self._tokens.get() / self._seconds.get() if self._seconds.get() > 0 else 0.0
 
     def _gains(self, sums: list[float], times: list[float]) -> list[float]:
         """By number verified: tokens more than with none, less the time that they cost."""
@@ -126,7 +129,7 @@ class DraftLength:
         for worth, best in zip(self._worth, itertools.accumulate(longer, max), strict=True):
             worth.add(best)
         rate = self._rate()
-        scores = [worth.value - rate * n * self._draft_s.value for n, worth in enumerate(self._worth)]
+        scores = [worth.get() - rate * n * self._draft_s.get() for n, worth in enumerate(self._worth)]
         if max(scores) > scores[self._settled] + self.MARGIN:
             self._settled = scores.index(max(scores))
         gains = self._gains(sums, times)
@@ -143,32 +146,3 @@ class DraftLength:
             return 1
         self._rest = self.REST[0]
         return min(self._settled + 1, self.MOST) if next(self._alternate) else 0
-
-
-class _Mean:
-    """A mean in which old values fade."""
-
-    WEIGHT: Final = 0.1  # of a new value, once there are enough
-
-    def __init__(self) -> None:
-        self.value = 0.0
-        self._n = 0
-
-    def add(self, value: float) -> None:
-        self._n += 1
-        self.value += max(self.WEIGHT, 1 / self._n) * (value - self.value)
-
-
-class _Usual:
-    """The mean of the middle half of the last values: for times, since now and then the machine pauses."""
-
-    def __init__(self) -> None:
-        self.value = 0.0
-        self._last: deque[float] = deque(maxlen=16)
-
-    def add(self, value: float) -> None:
-        self._last.append(value)
-        ordered = sorted(self._last)
-        n = len(ordered)
-        middle = ordered[n // 4 : n - n // 4] if n > 2 else ordered[:1]
-        self.value = sum(middle) / len(middle)
