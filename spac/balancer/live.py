@@ -45,8 +45,8 @@ MOST_VERIFIED: Final = 4
 MOST_DRAFTED: Final = 4
 MOST_OF_START: Final = 3  # of what beginning to draft takes, in tokens
 # Part of the misses that one more token's experts save if it is known, by its distance: between what known tokens save in the simulator
-# (docs/benchmarks/lookahead-misses.md, both models, a quarter of the experts) and what two and four drafted ones save live (14 and 18 %
-# of the bytes with eight, six, five and four in ten known: docs/benchmarks/cells/).
+# (docs/benchmarks/lookahead-misses.md, both models, a quarter of the experts) and what drafted ones save live, right or wrong (two 14 %
+# of the bytes, four 18 %: docs/benchmarks/cells/).
 SAVED_BY_KNOWN: Final = (0.09, 0.06, 0.04, 0.04)
 GUESSED_SLOPE: Final = 0.25  # computing one more token, in that of one, before it was measured
 GUESSED_LOOKAHEAD: Final = Lookahead(0.05, 0.8)  # before anything was read ahead
