@@ -18,7 +18,7 @@ in the second half of a kind's requests.
 
 Beside the settings, what the engine decides by itself: spac/balancer/live.py and spac/speculative/draft_length.py go through the
 same requests decode by decode, with nothing told but what they measure while decoding, from the first decode of the first half on.
-Plans come between decodes, four at a time where nothing is verified.
+Plans come between decodes, of which eight are looked at together where nothing is verified.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import spac
 from spac import control, device
 from spac.balancer import Cache, StackDistances, State
 from spac.balancer.heuristics import greedy
-from spac.balancer.live import LEAST_STEPS, Decode, LiveBalancer, Model
+from spac.balancer.live import Decode, LiveBalancer, Model
 from spac.bench import profile
 from spac.bench.prompt import KINDS
 from spac.bench.prompt import load as load_prompts
@@ -65,6 +65,7 @@ TOKENS, SEED, ASKED = 150, 1, 7
 VERIFIED, SENSED, DEPTHS = range(4), range(5), (0, 2, 10)
 SLOTS = ("one order", "equal", "gains")
 NEVER_AHEAD = np.float32(READ_FROM - 0.01)  # a probability from which nothing is read ahead
+AT_ONCE = 8  # decodes that a replay goes on by, where none of them hangs on what the one before took
 TURNS, WIDTHS = 60, (1, 2, 3, 4, 16)  # measuring: turns; tokens of a product
 BUNDLE_WEIGHTS, BUNDLE_BYTES = 25_165_824, 14_155_776  # of the 4.2 GiB model's experts, Q4_0: scripts/inflate
 Floats = NDArray[np.float32]
@@ -459,7 +460,7 @@ class Live:
             self.cycles.append(cycle)
             i += cycle.given
             verifies = cycle.drafted and self.balancer.most_verified
-            if verifies or i >= len(answer.tokens) or len(self.cycles) - len(self.seconds) == LEAST_STEPS:
+            if verifies or i >= len(answer.tokens) or len(self.cycles) - len(self.seconds) == AT_ONCE:
                 self.look()
 
     def cycle(self, number: int, answer: Answer, i: int) -> Cycle:
