@@ -44,7 +44,7 @@ from spac.balancer.live import Decode, LiveBalancer, Model
 from spac.bench import profile
 from spac.bench.prompt import KINDS
 from spac.bench.prompt import load as load_prompts
-from spac.engine import HORIZON, IDLE_TOKENS, READ_FROM, _candidates
+from spac.engine import IDLE_TOKENS, READ_FROM, _candidates
 from spac.estimator import TokenEstimator
 from spac.estimator.foresight import foresight
 from spac.generate import Sampling, make_sampler, tokenize
@@ -466,9 +466,7 @@ class Live:
     def cycle(self, number: int, answer: Answer, i: int) -> Cycle:
         """Draft, decide, and tell the pager."""
         balancer, choice, calm = self.balancer, self.balancer.choice, self.calm_tokens >= IDLE_TOKENS
-        sensed = HORIZON if balancer.waits_for_reads else 0
-        if calm or (choice is not None and balancer.has_drafted):
-            sensed = choice.drafted if choice is not None and not calm else 0
+        sensed = 0 if calm else balancer.horizon
         most = min(balancer.most_verified, max(VERIFIED))
         asked = min(max(sensed, min(self.length.wanted, most)), ASKED)
         whole, draft_s = answer.proposals[i], asked * self.timing.draft_s * self.timing.slower

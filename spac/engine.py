@@ -35,7 +35,6 @@ LEAST_MEMORY_BYTES: Final = 1 << 20  # for what the estimator remembers
 LEAST_LEARNED_TOKENS: Final = 32
 READ_FROM: Final = 0.9  # probability from which a guess is read ahead: docs/lookahead.md
 LEAST_CHANCE: Final = 0.005  # of a drafted token, to be looked up
-HORIZON: Final = 4  # tokens, before there is a plan that knows the draft; beyond it a draft is rarely right
 IDLE_TOKENS: Final = 16  # so many without a miss: there is nothing to steer
 NEVER: Final = 2.0  # a probability from which nothing is read ahead
 
@@ -154,10 +153,7 @@ class Foresight:
         self.balancer.verifies = verifies
         if "draft" not in self.signals or self._calm_tokens >= IDLE_TOKENS:
             return 0
-        choice = self.balancer.choice
-        if choice is None or not self.balancer.has_drafted:
-            return HORIZON if self.balancer.waits_for_reads else 0
-        return choice.drafted
+        return self.balancer.horizon
 
     def propose(self, proposal: Proposal, chances: Sequence[float], draft_s: float) -> None:
         """What may follow the last token sampled, for the next decode only.

@@ -13,10 +13,10 @@ import pytest
 
 import spac
 from spac import control
-from spac.balancer.live import LiveBalancer
+from spac.balancer.live import HORIZON, LiveBalancer
 from spac.balancer.state import Choice
 from spac.bench.prompt import load as load_prompts
-from spac.engine import HORIZON, Foresight, SignalStats, _candidates
+from spac.engine import Foresight, SignalStats, _candidates
 from spac.estimator import TokenEstimator
 from spac.estimator.foresight import STEP_DISCOUNT, TAIL, foresight
 from spac.generate import Sampling, generate, tokenize

@@ -43,6 +43,7 @@ NICE: Final = 19
 
 MOST_VERIFIED: Final = 4
 MOST_DRAFTED: Final = 4
+HORIZON: Final = 4  # tokens, before there is a plan that knows the draft; beyond it a draft is rarely right
 MOST_OF_START: Final = 3  # of what beginning to draft takes, in tokens
 # Part of the misses that one more token's experts save if it is known, by its distance: between what known tokens save in the simulator
 # (docs/benchmarks/lookahead-misses.md, both models, a quarter of the experts) and what drafted ones save live, right or wrong (two 14 %
@@ -312,12 +313,20 @@ class LiveBalancer:
         """Another text comes: the next plan is a first one. What a draft that was not worth asking is like there, is seen until then."""
         self._marks, self._steps = None, 0
         if self.choice is not None and self.choice.drafted == 0 and self.waits_for_reads:
-            self.choice = replace(self.choice, drafted=MOST_DRAFTED)
+            self.choice = replace(self.choice, drafted=HORIZON)
 
     @property
     def waits_for_reads(self) -> bool:
         """Whether reads take longer than computing. Else the fifth of them that a draft may save is less than drafting."""
         return self.measured.reading_s.get() > self.measured.compute_s[0].get()
+
+    @property
+    def horizon(self) -> int:
+        """How many tokens to draft: as planned; before a plan that knows the draft, some where decoding waits for reads."""
+        choice = self.choice
+        if choice is None or not self.has_drafted:
+            return HORIZON if self.waits_for_reads else 0
+        return choice.drafted
 
     @property
     def most_verified(self) -> int:

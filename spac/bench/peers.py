@@ -108,29 +108,43 @@ class _Caching(Peer):
             raise OptionError(f"contender {spec.text!r}: {self.option} is {size!r}, expected a number of {self.unit}")
         self.given = int(size) if size is not None else None
 
-    def unit_bytes(self, task: Task) -> int:
+    def unit_bytes(self, facts: ModelFacts) -> int:
         raise NotImplementedError
 
-    def sizes(self, task: Task) -> list[int]:
-        """Cache sizes to try, the most promising first."""
+    def bounds(self, facts: ModelFacts) -> tuple[int, int]:
+        """The smallest and the largest cache that make sense for a model."""
         raise NotImplementedError
+
+    def sizes(self, task: Task, facts: ModelFacts) -> list[int]:
+        """Cache sizes to try, the most promising first: what the limit leaves after dense weights and some more."""
+        least, most = self.bounds(facts)
+        if task.limits.memory_bytes is None:
+            return [most]
+        found = []
+        for overhead_mib in (200, 140, 96, 64, 300, 450):
+            left = task.limits.memory_bytes - (facts.file_bytes - facts.expert_bytes) - overhead_mib * MIB
+            size = min(left // self.unit_bytes(facts), most)
+            if size >= least and size not in found:
+                found.append(size)
+        return found
 
     def with_cache(self, task: Task, text: str, size: int) -> list[str]:
         """Program and arguments for one prompt."""
         raise NotImplementedError
 
     def skip(self, task: Task) -> str | None:
-        if super().skip(task) is None and self.given is None and not self.sizes(task):
+        if super().skip(task) is None and self.given is None and not self.sizes(task, check_model(str(task.model))):
             return "no cache fits into the limit"
         return super().skip(task)
 
     def prepare(self, task: Task, run: TryRun) -> dict[str, Any]:
-        mib = self.unit_bytes(task) / MIB
+        facts = check_model(str(task.model))
+        mib = self.unit_bytes(facts) / MIB
         if self.given is not None:
             return {"cache_mib": round(self.given * mib)}
         key, plain = self._key(task, self.predict), self._key(task, False)
         if key not in _found:
-            sizes = self.sizes(task)
+            sizes = self.sizes(task, facts)
             if self.predict and plain in _found:  # what fits without prefetching is the most that may fit with it
                 sizes = sorted({_found[plain][0], *(s for s in sizes if s < _found[plain][0])}, reverse=True)
             tried: list[tuple[int, float]] = []
@@ -172,12 +186,11 @@ class BigMoe(_Caching):
     def environment(self) -> dict[str, str]:
         return {"OMP_WAIT_POLICY": "passive"}  # else OpenMP's spinning starves its reading threads, and it is slower
 
-    def unit_bytes(self, task: Task) -> int:
+    def unit_bytes(self, facts: ModelFacts) -> int:
         return MIB
 
-    def sizes(self, task: Task) -> list[int]:
-        facts = check_model(str(task.model))
-        return cache_sizes(task, facts, MIB, facts.expert_bytes // MIB + 1)
+    def bounds(self, facts: ModelFacts) -> tuple[int, int]:
+        return 1, facts.expert_bytes // MIB + 1
 
     def with_cache(self, task: Task, text: str, size: int) -> list[str]:
         return [
@@ -210,23 +223,6 @@ class BigMoe(_Caching):
         return found
 
 
-def cache_sizes(task: Task, facts: ModelFacts, unit_bytes: int, everything: int) -> list[int]:
-    """Cache sizes to try, in units, the most promising first: what the limit leaves after dense weights and some more.
-
-    Args:
-        everything: with so many units nothing is left to be cached.
-    """
-    dense = facts.file_bytes - facts.expert_bytes
-    if task.limits.memory_bytes is None:
-        return [everything]
-    found = []
-    for overhead_mib in (200, 140, 96, 64, 300, 450):
-        cache = min((task.limits.memory_bytes - dense - overhead_mib * MIB) // unit_bytes, everything)
-        if cache > 0 and cache not in found:
-            found.append(cache)
-    return found
-
-
 def best_cache(sizes: Sequence[int], speed: Callable[[int], float], survives: Callable[[int], bool]) -> int:
     """The fastest size, walking from the first one up while that helps, else down; a size that dies has speed 0.
 
@@ -254,6 +250,12 @@ def best_cache(sizes: Sequence[int], speed: Callable[[int], float], survives: Ca
 class _LlamaCli(Peer):
     """llama.cpp's kin that print `eval time = ... ms / ... tokens` at the end. Nothing is known of single tokens."""
 
+    def common(self, task: Task, text: str) -> list[str]:
+        return [
+            *super().common(task, text), "-tb", str(task.threads), "-ub", str(task.row.ubatch), "-b", str(max(512, task.row.ubatch)),
+            "--ignore-eos", "--no-display-prompt",
+        ]  # fmt: skip
+
     def figures(self, run: LimitedRun, command: Command) -> dict[str, Any]:
         output = run.stdout + "\n" + run.stderr
         decode = re.findall(r"^[^:\n]*:\s+eval time =\s+([\d.]+) ms /\s+(\d+) (?:tokens|runs)", output, re.MULTILINE)
@@ -280,9 +282,11 @@ class IkLlama(_LlamaCli):
     def command(self, task: Task, text: str) -> list[str]:
         # without warming up: that would read every expert once, and all contenders start cold
         return [
-            *self.common(task, text), "-tb", str(task.threads), "-ub", str(task.row.ubatch), "-b", str(max(512, task.row.ubatch)),
-            "--prefetch-experts", "--ignore-eos", "--no-warmup", "--no-display-prompt", *self.extra,
-        ]  # fmt: skip
+            *self.common(task, text),
+            "--prefetch-experts",
+            "--no-warmup",
+            *self.extra,
+        ]
 
 
 class LlamaPull25294(_LlamaCli, _Caching):
@@ -302,17 +306,15 @@ class LlamaPull25294(_LlamaCli, _Caching):
         super().__init__(spec, binary, arguments)
         self.buffered = "buffered" in spec.words
 
-    def unit_bytes(self, task: Task) -> int:
-        return sum(layer.bundle_bytes for layer in check_model(str(task.model)).expert_layers)
+    def unit_bytes(self, facts: ModelFacts) -> int:
+        return sum(layer.bundle_bytes for layer in facts.expert_layers)
 
-    def sizes(self, task: Task) -> list[int]:
-        facts = check_model(str(task.model))
-        return [n for n in cache_sizes(task, facts, self.unit_bytes(task), facts.n_experts - 1) if n >= 3 * facts.n_experts_used]
+    def bounds(self, facts: ModelFacts) -> tuple[int, int]:
+        return 3 * facts.n_experts_used, facts.n_experts - 1
 
     def with_cache(self, task: Task, text: str, size: int) -> list[str]:
         return [
-            *self.common(task, text), "-tb", str(task.threads), "-ub", str(task.row.ubatch), "-b", str(max(512, task.row.ubatch)),
-            "--ignore-eos", "-fit", "off", "-no-cnv", "--no-display-prompt", "-lv", "4", "--moe-stream-cache", f"{size}s",
+            *self.common(task, text), "-fit", "off", "-no-cnv", "-lv", "4", "--moe-stream-cache", f"{size}s",
             *([] if self.buffered else ["--moe-stream-direct"]), *self.extra,
         ]  # fmt: skip
 

@@ -171,10 +171,10 @@ def test_the_pull_request_takes_as_many_slots_as_fit(script: Script, model_path:
     slot = facts.expert_bytes // facts.n_experts
     for slots, found in ((31, 31), (20, 20), (12, 12), (11, None)):
         limit = facts.file_bytes - facts.expert_bytes + 200 * MIB + slots * slot
-        sizes = pull.sizes(task(model_path, limit))
+        sizes = pull.sizes(task(model_path, limit), facts)
         assert (sizes[0] if found else [n for n in sizes if n == slots]) == (found or [])
         assert all(3 * facts.n_experts_used <= n < facts.n_experts for n in sizes)
-    assert pull.sizes(task(model_path, None)) == [facts.n_experts - 1]
+    assert pull.sizes(task(model_path, None), facts) == [facts.n_experts - 1]
     assert "no cache fits" in (pull.skip(task(model_path, 10 * MIB)) or "")
 
 
