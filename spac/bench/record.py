@@ -28,6 +28,7 @@ from spac.errors import OptionError, SpacError
 from spac.estimator import fingerprint
 from spac.host.cores import allowed_cores
 from spac.host.memory import MIB
+from spac.host.system import System, cpu_model
 
 FORMAT: Final = 1
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -40,27 +41,14 @@ Record = dict[str, Any]
 def machine() -> dict[str, Any]:
     """The computer: processor, cores, memory, kernel."""
     return {
-        "cpu": _first(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo")) or platform.machine(),
-        "board": _board(),
+        "cpu": cpu_model(System()) or platform.machine(),
+        "board": System().text("/proc/device-tree/model") or None,  # of a PC its firmware's names tell nothing
         "cores": os.cpu_count(),
         "allowed_cores": allowed_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "architecture": platform.machine(),
     }
-
-
-def _first(pattern: str, path: Path) -> str | None:
-    try:
-        match = re.search(pattern, path.read_text(errors="replace"), re.MULTILINE)
-    except OSError:
-        return None
-    return match.group(1) if match else None
-
-
-def _board() -> str | None:
-    text = _first(r"^([^\0]*)", Path("/proc/device-tree/model"))
-    return text or None
 
 
 def versions() -> dict[str, str]:
