@@ -46,7 +46,7 @@ class Sampling:
             if not 0 <= value <= most:
                 raise OptionError(f"{name} is {value}, expected 0 to {most}")
         if not 0 <= self.top_k < 1 << 31:
-            raise OptionError(f"top_k is {self.top_k}, expected 0 or more")
+            raise OptionError(f"top_k is {self.top_k}, expected 0 to {(1 << 31) - 1}")
         if self.seed is not None and not 0 <= self.seed < RANDOM_SEED:
             raise OptionError(f"seed is {self.seed}, expected 0 to {RANDOM_SEED - 1}")
 
@@ -135,9 +135,7 @@ def _stream(
     if not prompt:
         raise DecodeError("the prompt is empty")
     if len(prompt) >= llama.n_ctx():
-        raise DecodeError(
-            f"the prompt has {len(prompt)} tokens, the context {llama.n_ctx()}, and an answer needs room too; raise --ctx"
-        )
+        raise DecodeError(f"the prompt has {len(prompt)} tokens, the context {llama.n_ctx()}, and an answer needs room too; raise --ctx")
     speculation.check(llama)
     begin = time.perf_counter()
     result.reused_tokens = reuse_prefix(llama, prompt)

@@ -18,7 +18,7 @@ import llama_cpp.llama_cpp as upstream
 
 from spac import control, log, seam
 from spac.errors import BudgetError, DecodeError, ModelFileError, OptionError, SpacError
-from spac.gguf.check import ModelFacts, check_model
+from spac.gguf.check import MAX_CTX, ModelFacts, check_model
 from spac.governor import Governor
 from spac.host import memory
 from spac.host.cores import physical_cores
@@ -59,6 +59,15 @@ def _used_bytes() -> int:
             if stats is not None:
                 return stats.used_bytes
     return 0
+
+
+class _Freed:
+    """In place of what belonged to a closed model."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise OptionError("this model is closed; load it again")
 
 
 class Handle:
@@ -271,6 +280,8 @@ class Llama(llama_cpp.Llama):
             value = kwargs.get(name)
             if value is not None and (not isinstance(value, int) or value < 0 or (value == 0 and name in ("n_batch", "n_ubatch"))):
                 raise OptionError(f"{name} is {value!r}, expected a positive number")
+        if kwargs.get("n_ctx", 0) > MAX_CTX:
+            raise OptionError(f"n_ctx is {kwargs['n_ctx']}, expected at most {MAX_CTX}")
         for name in self._signals:
             if name not in SIGNALS:
                 raise OptionError(f"signal {name!r} does not exist: use {', '.join(SIGNALS)}")
@@ -463,6 +474,14 @@ class Llama(llama_cpp.Llama):
         """Free the context and the model; other models may take their room. May be called again."""
         _live.discard(self)
         super().close()
+        # what was freed must not be reached by llama-cpp-python's methods, which do not ask
+        freed: Any = _Freed()
+        self._model = self._ctx = self._batch = self.tokenizer_ = freed
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` was called; then nothing can be evaluated any more."""
+        return isinstance(getattr(self, "_ctx", None), _Freed)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -259,6 +259,30 @@ def test_closing_stops_what_another_thread_decodes(model_path: Path) -> None:
     assert [type(error) for error in raised] == [spac.Cancelled]
 
 
+@pytest.mark.parametrize("paging", ["on", "off"])
+def test_a_closed_model_says_so(model_path: Path, paging: str) -> None:
+    """llama-cpp-python's own methods would read what was freed."""
+    llama = load(model_path, paging=paging)
+    stream = llama.create_completion(PROMPT, max_tokens=8, temperature=0, stream=True)
+    next(iter(stream))
+    llama.close()
+    uses = [
+        lambda: next(iter(stream)), lambda: llama.create_completion("x", max_tokens=2), lambda: llama.tokenize(b"x"), llama.save_state,
+        lambda: llama.eval([1]), lambda: llama.eval_all([1]), llama.n_vocab, llama.token_eos, lambda: llama.detokenize([1]),
+        lambda: llama.create_chat_completion([{"role": "user", "content": "x"}]),
+    ]  # fmt: skip
+    for use in uses:
+        with pytest.raises(spac.OptionError, match="this model is closed"):
+            use()
+    assert llama.closed
+    llama.close()
+
+
+def test_a_context_that_no_model_has_is_refused(model_path: Path) -> None:
+    with pytest.raises(spac.OptionError, match="n_ctx is 100000000, expected at most 16777216"):
+        load(model_path, n_ctx=100_000_000)
+
+
 def test_closing_twice_and_using_what_is_closed(model_path: Path) -> None:
     llama = load(model_path)
     llama.close()

@@ -13,6 +13,7 @@ import typer
 
 from spac.cli import terminal
 from spac.errors import BudgetError, Cancelled
+from spac.gguf.check import MAX_CTX
 from spac.host.memory import MIB, check_address_space, format_bytes, resident_bytes
 from spac.stats import SIGNALS
 
@@ -72,7 +73,7 @@ def _signals(text: str) -> tuple[str, ...]:
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file; the first part of a split model.", show_default=False)]
 Memory = Annotated[str, typer.Option(metavar="SIZE", help="Limit of the whole process: 4G, 512M, 50%, or auto. K, M and G count in 1024s.")]
-Ctx = Annotated[int, typer.Option(min=0, metavar="TOKENS", help="Length of the context; 0: what the model was trained with.")]
+Ctx = Annotated[int, typer.Option(min=0, max=MAX_CTX, metavar="TOKENS", help="Length of the context; 0: what the model was trained with.")]
 Ubatch = Annotated[
     int | None,
     typer.Option(
@@ -110,9 +111,7 @@ Draft = Annotated[
 ]
 DraftMax = Annotated[
     Any,
-    typer.Option(
-        metavar="N|auto", parser=_draft_max, help="Verify at most so many guessed tokens at a time; auto: what pays, 0: none."
-    ),
+    typer.Option(metavar="N|auto", parser=_draft_max, help="Verify at most so many guessed tokens at a time; auto: what pays, 0: none."),
 ]
 Horizon = Annotated[
     Any,

@@ -14,6 +14,7 @@ import typer
 from spac.cli import options as opt
 from spac.cli.terminal import note
 from spac.errors import OptionError, SpacError
+from spac.gguf.check import MAX_CTX
 from spac.host.memory import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def plan(
     ] = None,
     ctx: opt.Ctx = 4096,
     ubatch: opt.Ubatch = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prompt that the first token waits for.")] = 512,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=MAX_CTX, metavar="N", help="Length of the prompt that the first token waits for.")
+    ] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: opt.Debug = False,
 ) -> int:
@@ -197,9 +200,7 @@ def budget(answer: Forecast) -> dict[str, Any]:
 # -- for people --
 
 
-def show(
-    facts: ModelFacts, question: Question, answer: Forecast, points: list[Point], choices: list[Choice], device: Device
-) -> None:
+def show(facts: ModelFacts, question: Question, answer: Forecast, points: list[Point], choices: list[Choice], device: Device) -> None:
     """Tables, and a plot of bars."""
     from rich.console import Console
 

@@ -28,6 +28,7 @@ SPLIT_NAME: Final = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d
 
 # upstream asserts these: src/llama-hparams.h
 MAX_LAYERS: Final = 512
+MAX_CTX: Final = 1 << 24  # tokens of a context; llama.cpp keeps some 50 bytes for each besides what it caches
 MAX_EXPERTS: Final = 1024
 
 # An expert keeps its place in a page of the file, so sizes in pages follow from file offsets: Model::reserve in pager.cpp.
@@ -203,6 +204,9 @@ def _check_hyperparameters(file: GgufFile, architecture: str) -> None:
     n_layers = _integer(file, f"{architecture}.block_count")
     if not 0 < n_layers <= MAX_LAYERS:
         raise ModelFileError(f"{file.path}: {architecture}.block_count is {n_layers}, expected 1 to {MAX_LAYERS}")
+    n_ctx = _integer(file, f"{architecture}.context_length")
+    if n_ctx > MAX_CTX:
+        raise ModelFileError(f"{file.path}: {architecture}.context_length is {n_ctx}, expected at most {MAX_CTX}")
     n_guessing = _integer(file, f"{architecture}.nextn_predict_layers")
     if n_guessing > n_layers:
         raise ModelFileError(f"{file.path}: {architecture}.nextn_predict_layers is {n_guessing}, of {n_layers} blocks")

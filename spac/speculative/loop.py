@@ -143,7 +143,7 @@ class Speculation:
                 drafted = self._propose(llama, sequence, room=end - len(sequence))
                 drafted = self._evaluate(llama, sequence, drafted)
         finally:
-            if drafted and llama._ctx.ctx is not None:  # it may be closed
+            if drafted and not llama.closed:
                 llama.forget_after(llama.n_tokens)
 
     def _propose(self, llama: Llama, sequence: list[int], room: int) -> list[int]:

@@ -124,7 +124,8 @@ def test_damage(tiny: Path, tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [("expert_count", 2000, "at most 1024"), ("expert_used_count", 5, "uses 5 of 4"),
-                                                    ("expert_used_count", 0, "uses 0 of 4"), ("block_count", 100_000, "block_count")])  # fmt: skip
+                                                    ("expert_used_count", 0, "uses 0 of 4"), ("block_count", 100_000, "block_count"),
+                                                    ("context_length", 2**32 - 1, "context_length is 4294967295, expected at most")])  # fmt: skip
 def test_counts_that_upstream_would_abort_on(tiny: Path, tmp_path: Path, key: str, value: int, words: str) -> None:
     path = damaged(tiny, tmp_path, lambda b: set_count(b, f"{ARCHITECTURE}.{key}".encode(), value))
     with pytest.raises(ModelFileError, match=words):
