@@ -280,7 +280,7 @@ class Llama(llama_cpp.Llama):
             value = kwargs.get(name)
             if value is not None and (not isinstance(value, int) or value < 0 or (value == 0 and name in ("n_batch", "n_ubatch"))):
                 raise OptionError(f"{name} is {value!r}, expected a positive number")
-        if kwargs.get("n_ctx", 0) > MAX_CTX:
+        if (kwargs.get("n_ctx") or 0) > MAX_CTX:
             raise OptionError(f"n_ctx is {kwargs['n_ctx']}, expected at most {MAX_CTX}")
         for name in self._signals:
             if name not in SIGNALS:
