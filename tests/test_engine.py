@@ -188,6 +188,7 @@ def test_what_is_read_ahead_is_the_balancers_choice(model_path: Path, monkeypatc
     told: list[float] = []
     monkeypatch.setattr(control, "foresee", lambda _, __, read_from: told.append(read_from))
     engine = foresight_of(llama)
+    engine.balancer.close()  # a plan that is still being made would come after this choice
     engine.balancer.choice = Choice(depth=depth)
     engine.before(llama.n_tokens, [5])
     assert told == ([0.9] if depth else [])
