@@ -28,8 +28,9 @@ SPLIT_NAME: Final = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d
 
 # upstream asserts these: src/llama-hparams.h
 MAX_LAYERS: Final = 512
-MAX_CTX: Final = 1 << 24  # tokens of a context; llama.cpp keeps some 50 bytes for each besides what it caches
 MAX_EXPERTS: Final = 1024
+
+MAX_CTX: Final = 1 << 24  # tokens of a context; llama.cpp keeps some 50 bytes for each besides what it caches
 
 # An expert keeps its place in a page of the file, so sizes in pages follow from file offsets: Model::reserve in pager.cpp.
 PAGE_BYTES: Final = page_bytes()
