@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import mmap
 import os
 import random
@@ -45,7 +44,7 @@ from spac.gguf.check import EXPERT_PATTERN
 from spac.host import limits as cgroups
 from spac.trace.format import Trace
 from spac.trace.simulation import replay
-from spac.trace.timing import PIECE_BYTES, READS_IN_FLIGHT, Compute, Reads, limited, predict
+from spac.trace.timing import READS_IN_FLIGHT, Compute, Reads, limited, pieces_of, predict
 
 ROOM_BYTES: Final = 112 << 20  # Python, and memory for six reads
 BLOCK: Final = 4096
@@ -89,11 +88,6 @@ class BareReader:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
-
-
-def pieces_of(offset: int, length: int) -> list[tuple[int, int]]:
-    size = math.ceil(length / math.ceil(length / PIECE_BYTES))
-    return [(offset + done, min(size, length - done)) for done in range(0, length, size)]
 
 
 def serve_reads(model: str) -> None:

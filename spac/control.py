@@ -29,7 +29,7 @@ from spac.errors import (
 )
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent, StoresProbe
 
-ABI_VERSION: Final = 7
+ABI_VERSION: Final = 8
 EVENT_MAX_EXPERTS: Final = 32
 IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
@@ -231,7 +231,8 @@ class Visits(ctypes.Structure):
 
 
 # typedef struct spac_products { uint64_t struct_size; int64_t n_columns, n_rows; int32_t type, n_experts, n_tokens, n_threads, n_ops,
-#                                repack, repacked, reserved; double min_s, seconds, repack_s; } spac_products;
+#                                repack, repacked, reserved; double min_s, seconds, repack_s; const spac_reads * meanwhile;
+#                                double contention_s; } spac_products;
 class Products(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint64),
@@ -248,6 +249,8 @@ class Products(ctypes.Structure):
         ("min_s", ctypes.c_double),
         ("seconds", ctypes.c_double),
         ("repack_s", ctypes.c_double),
+        ("meanwhile", ctypes.c_void_p),
+        ("contention_s", ctypes.c_double),
     )
 
 
@@ -688,11 +691,17 @@ def reads_measure(
         ModelFileError: the file cannot be read, or not with this store.
         OptionError: a read lies outside the file.
     """
+    raw, _arrays = _reads(path, offsets, lengths, depth, store, pages)
+    check(spac_reads_measure(ctypes.byref(raw)))
+    return float(raw.seconds)
+
+
+def _reads(path: str, offsets: Sequence[int], lengths: Sequence[int], depth: int, store: str, pages: str = "pager") -> tuple[Reads, Any]:
+    """spac_reads, and what it points to: keep it."""
     at, sizes = np.array(offsets, np.uint64), np.array(lengths, np.uint64)
     into = PAGES.index(pages)
     raw = Reads(ctypes.sizeof(Reads), os.fsencode(path), at.ctypes.data, sizes.ctypes.data, len(at), depth, STORES[store], into)
-    check(spac_reads_measure(ctypes.byref(raw)))
-    return float(raw.seconds)
+    return raw, (at, sizes)
 
 
 def visits_measure(path: str, slice_bytes: int, *, n_missing: int, n_visits: int, n_threads: int, store: str = "auto") -> list[float]:
@@ -723,12 +732,46 @@ def products_measure(
     Raises:
         OptionError: there is no such type, or it cannot have this shape.
     """
+    raw = _products(kind, shape, n_tokens, n_threads, n_ops, repack, min_s)
+    check(spac_products_measure(ctypes.byref(raw)))
+    return float(raw.seconds), float(raw.repack_s)
+
+
+def contention_measure(
+    kind: int,
+    shape: tuple[int, int, int],
+    path: str,
+    offsets: Sequence[int],
+    length: int,
+    *,
+    depth: int,
+    store: str,
+    n_threads: int,
+    min_s: float,
+) -> tuple[float, float, float]:
+    """What `products_measure` finds for one token, and, beside reads, the seconds of computing lost for each byte of those.
+
+    Args:
+        offsets, length: of the reads of the file, which are made again and again.
+        min_s: twice so long is measured.
+
+    Raises:
+        ModelFileError: the file cannot be read, or not with this store.
+        OptionError: a read lies outside the file.
+    """
+    raw = _products(kind, shape, 1, n_threads, 1, True, min_s)
+    reads, _arrays = _reads(path, offsets, [length] * len(offsets), depth, store)
+    raw.meanwhile = ctypes.addressof(reads)
+    check(spac_products_measure(ctypes.byref(raw)))
+    return float(raw.seconds), float(raw.repack_s), float(raw.contention_s)
+
+
+def _products(kind: int, shape: tuple[int, int, int], n_tokens: int, n_threads: int, n_ops: int, repack: bool, min_s: float) -> Products:
     columns, rows, experts = shape
     raw = _sized(Products)
     raw.n_columns, raw.n_rows, raw.n_experts, raw.type = columns, rows, experts, kind
     raw.n_tokens, raw.n_threads, raw.n_ops, raw.repack, raw.min_s = n_tokens, n_threads, n_ops, repack, min_s
-    check(spac_products_measure(ctypes.byref(raw)))
-    return float(raw.seconds), float(raw.repack_s)
+    return raw
 
 
 def wakeup_measure(n: int) -> float:

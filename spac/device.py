@@ -47,6 +47,8 @@ SCRATCH_BYTES: Final = 256 * MIB
 PROBE_SCRATCH_BYTES: Final = 64 * MIB
 CELL_S: Final = 0.1  # for one size and depth
 VISITS_S: Final = 2.0  # for visits of layers
+CONTENTION_S: Final = 2.0  # for computing while reading
+CONTENTION_TYPE: Final = "Q4_0"
 NOW_S: Final = 0.3  # for reads before a plan, and for visits
 SLOW: Final = 30  # times as long as was meant: no more batches
 ROUNDS: Final = 3  # in which reads are measured, products between them: disks are not equally fast from second to second
@@ -58,12 +60,12 @@ PRODUCT_BYTES: Final = 64 * MIB  # more than caches hold
 
 @dataclass(frozen=True)
 class ReadRow:
-    """Reads asked for at once, from none, as the pager makes them into memory that stays, cold.
+    """Reads asked for at once, from none, as the pager makes them into memory that stays, cold: a long one in pieces.
 
     Attributes:
         store: "direct" or "buffered".
         size_bytes: of each.
-        depth: how many.
+        depth: how many, by as many threads.
         seconds: until the last one is there: mean, without the fastest and the slowest tenth of the batches; `fast_s`, `slow_s`: of the
             batches that are left, the fastest and the slowest one.
     """
@@ -101,6 +103,8 @@ class Device:
         wakeup_s: until a sleeping thread goes on.
         visit_s: what a layer that misses experts waits besides its reads and one such wake-up: reading threads begin one after another,
             take room from what is evicted, and share the processors with the compute threads.
+        contention_s: what computing on all threads loses for each byte that is read meanwhile: reads take processors, of the host
+            too where the disk is a virtual one, and memory bandwidth.
         memory_bytes_per_s: reading memory, all threads.
         quick: by `probe`.
         measured: when, local time.
@@ -122,6 +126,7 @@ class Device:
     measured: str = ""
     took_s: float = field(default=0.0, compare=False)
     visit_s: float = 0.0
+    contention_s: float = 0.0
 
     @property
     def store(self) -> str:
@@ -194,11 +199,13 @@ def measure(path: Path, *, n_threads: int, progress: Callable[[str], None] | Non
                 measure_type(name, BATCHES, n_threads, products, repack)
         say("visits of layers")
         visit_s = measure_visit(file, stores[0], n_threads, wakeup_s, VISITS_S) or 0.0
+        say("computing while reading")
+        beside = beside_reads(file, stores[0], CONTENTION_TYPE, n_threads, CONTENTION_S)
     say("memory and threads")
     return Device(
         **identity(path), threads=n_threads, reads=tuple(row for store in stores for row in reads[store].rows()),
         products=tuple(products), repack=repack, op_s=measure_op(n_threads), wakeup_s=wakeup_s, visit_s=visit_s,
-        memory_bytes_per_s=control.bandwidth_measure(128 * MIB, n_threads),
+        contention_s=beside[-1] if beside else 0.0, memory_bytes_per_s=control.bandwidth_measure(128 * MIB, n_threads),
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
 
@@ -219,6 +226,7 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
             try:
                 reads = read_rows(file, store, [size], (1, 3, 6), CELL_S / 2)
                 visit_s = measure_visit(file, store, n_threads, wakeup_s, CELL_S) or 0.0
+                beside = beside_reads(file, store, CONTENTION_TYPE, n_threads, CELL_S)
                 break
             except ModelFileError:
                 if store == STORES[-1]:
@@ -229,16 +237,17 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
         measure_type(name, (1, 32), n_threads, products, repack, CELL_S / 4)
     return Device(
         **identity(path), threads=n_threads, reads=tuple(reads), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
-        wakeup_s=wakeup_s, visit_s=visit_s, memory_bytes_per_s=control.bandwidth_measure(64 * MIB, n_threads), quick=True,
+        wakeup_s=wakeup_s, visit_s=visit_s, contention_s=beside[-1] if beside else 0.0,
+        memory_bytes_per_s=control.bandwidth_measure(64 * MIB, n_threads), quick=True,
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
 
 
-def with_reads_now(found: Device, file: Path, read_bytes: int) -> Device:
-    """The same device, its reads and visits as fast as they are now: disks are not equally fast from hour to hour.
+def as_it_is_now(found: Device, file: Path, read_bytes: int, type_name: str) -> Device:
+    """The same device, as fast as it is now: disks, virtual ones above all, and shared processors are not equally fast from hour to hour.
 
-    Reads of about so many bytes are measured for a moment, and all reads of that store are taken to have changed by as much. Their
-    interval holds what was measured before, too.
+    Reads of about so many bytes and products of this type are measured for a moment. All reads of that store, and all products, are
+    taken to have changed by as much; the reads' interval holds what was measured before, too.
 
     Raises:
         ModelFileError: the file cannot be read.
@@ -255,8 +264,18 @@ def with_reads_now(found: Device, file: Path, read_bytes: int) -> Device:
         return dataclasses.replace(row, seconds=row.seconds * factor, fast_s=fast, slow_s=slow) if row.store == found.store else row
 
     visit_s = measure_visit(file, row.store, found.threads, found.wakeup_s, NOW_S)
-    reads = tuple(changed(row) for row in found.reads)
-    return dataclasses.replace(found, reads=reads, visit_s=found.visit_s if visit_s is None else visit_s)
+    found = dataclasses.replace(
+        found, reads=tuple(changed(row) for row in found.reads), visit_s=found.visit_s if visit_s is None else visit_s
+    )
+    measured = beside_reads(file, row.store, type_name, found.threads, NOW_S)
+    if measured is None:
+        return found
+    seconds, repack_s, contention_s = measured
+    faster = 1 / seconds / found.weights_per_s(type_name, 1)
+    products = tuple(dataclasses.replace(row, weights_per_s=row.weights_per_s * faster) for row in found.products)
+    rearranging = 1 / repack_s / found.repack[type_name] if repack_s and type_name in found.repack else 1.0
+    repack = {name: rate * rearranging for name, rate in found.repack.items()}
+    return dataclasses.replace(found, products=products, repack=repack, contention_s=contention_s)
 
 
 def read_rows(file: Path, store: str, sizes: Sequence[int], depths: Sequence[int], cell_s: float) -> list[ReadRow]:
@@ -310,9 +329,11 @@ class ReadTimes:
             ModelFileError: the file cannot be read, or not with this store.
         """
         from spac import control
+        from spac.trace.timing import pieces_of
 
-        places = list(itertools.islice(self._places[size, depth], depth))
-        return control.reads_measure(self._file, places, [size] * depth, depth=depth, store=self._store)
+        slices = itertools.islice(self._places[size, depth], depth)
+        offsets, lengths = zip(*(piece for place in slices for piece in pieces_of(place, size)), strict=True)
+        return control.reads_measure(self._file, offsets, lengths, depth=depth, store=self._store)
 
     def rows(self) -> list[ReadRow]:
         """What came out."""
@@ -349,25 +370,54 @@ def measure_visit(file: Path, store: str, n_threads: int, wakeup_s: float, secon
     return max(0.0, statistics.median(found) - wakeup_s)
 
 
+def beside_reads(file: Path, store: str, type_name: str, n_threads: int, seconds: float) -> tuple[float, float, float] | None:
+    """Experts' products for so long, then in turn with and without reads of pieces for as long again.
+
+    Seconds for each weight of products with one token, of rearranging it on one thread (0: it stays), and `Device.contention_s`.
+    None if the file is too small, or this build does not multiply the type.
+
+    Raises:
+        ModelFileError: the file cannot be read, or not with this store.
+    """
+    from spac import control
+    from spac.trace.timing import PIECE_BYTES, READS_IN_FLIGHT
+
+    places = list(range(0, file.stat().st_size - PIECE_BYTES, PIECE_BYTES))
+    random.Random(0).shuffle(places)
+    if not places:
+        return None
+    kind, shape = expert_shape(type_name, 1)
+    try:
+        product_s, repack_s, contention_s = control.contention_measure(
+            kind, shape, str(file), places, PIECE_BYTES, depth=READS_IN_FLIGHT, store=store, n_threads=n_threads, min_s=seconds
+        )
+    except OptionError:
+        return None
+    return product_s / math.prod(shape), repack_s / math.prod(shape), contention_s
+
+
 def measure_type(
     name: str, batches: Sequence[int], n_threads: int, products: list[ProductRow], repack: dict[str, float], min_s: float = CELL_S / 2
 ) -> None:
     """Add a type's rows; a type that this build does not multiply is left out."""
     from spac import control
 
-    number, _, _ = _TYPES[name]
-    columns, rows = PRODUCT_SHAPE
     for n_tokens in batches:
-        experts = max(4, int(PRODUCT_BYTES * 8 / (columns * rows * bits(name)))) if n_tokens == 1 else 4
+        kind, shape = expert_shape(name, n_tokens)
         try:
-            seconds, repack_s = control.products_measure(
-                number, (columns, rows, experts), n_tokens=n_tokens, n_threads=n_threads, min_s=min_s
-            )
+            seconds, repack_s = control.products_measure(kind, shape, n_tokens=n_tokens, n_threads=n_threads, min_s=min_s)
         except OptionError:
             return
-        products.append(ProductRow(name, n_tokens, columns * rows * experts * n_tokens / seconds))
+        products.append(ProductRow(name, n_tokens, math.prod(shape) * n_tokens / seconds))
         if repack_s > 0 and n_tokens == 1:
-            repack[name] = columns * rows * experts / repack_s
+            repack[name] = math.prod(shape) / repack_s
+
+
+def expert_shape(name: str, n_tokens: int) -> tuple[int, tuple[int, int, int]]:
+    """ggml's number of a type, and columns, rows and experts to multiply so many tokens with."""
+    kind, _, _ = _TYPES[name]
+    columns, rows = PRODUCT_SHAPE
+    return kind, (columns, rows, max(4, int(PRODUCT_BYTES * 8 / (columns * rows * bits(name)))) if n_tokens == 1 else 4)
 
 
 def measure_op(n_threads: int) -> float:
@@ -527,8 +577,9 @@ def _parse(values: dict[str, Any]) -> Device:
     numbers += [n for product in products for n in (product.n_tokens, product.weights_per_s)]
     if not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < math.inf for n in numbers):
         raise ValueError("numbers")
-    if not isinstance(device.visit_s, int | float) or isinstance(device.visit_s, bool) or not 0 <= device.visit_s < math.inf:
-        raise ValueError("visit_s")
+    for n in (device.visit_s, device.contention_s):
+        if not isinstance(n, int | float) or isinstance(n, bool) or not 0 <= n < math.inf:
+            raise ValueError("visit_s, contention_s")
     texts = [device.cpu, device.disk, device.build, device.measured, *(row.store for row in reads)]
     if not all(isinstance(text, str) for text in texts) or not {row.type for row in products} <= set(_TYPES):
         raise ValueError("texts")

@@ -56,6 +56,7 @@ def change(**values: Any) -> Callable[[dict[str, Any]], Any]:
         change(visit_s=-1e-3),
         change(visit_s=float("inf")),
         change(visit_s=True),
+        change(contention_s=-1e-9),
         change(surprise=1),
         lambda found: {key: value for key, value in found.items() if key != "disk"},
         lambda found: [found],
@@ -117,7 +118,12 @@ def test_a_folder_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
     found = device.measure(tmp_path, n_threads=2, progress=said.append)
     assert not list(tmp_path.iterdir())
     for store in {row.store for row in found.reads}:
-        assert {(r.size_bytes, r.depth) for r in found.reads if r.store == store} == {(1 << 16, 1), (1 << 16, 2), (1 << 18, 1), (1 << 18, 2)}
+        assert {(r.size_bytes, r.depth) for r in found.reads if r.store == store} == {
+            (1 << 16, 1),
+            (1 << 16, 2),
+            (1 << 18, 1),
+            (1 << 18, 2),
+        }
     assert [(r.type, r.n_tokens) for r in found.products] == [("Q4_0", 1), ("Q4_0", 2), ("Q6_K", 1), ("Q6_K", 2)]
     assert all(row.fast_s <= row.seconds <= row.slow_s for row in found.reads)
     assert any("reads" in text for text in said)
@@ -136,7 +142,7 @@ def test_a_probe_reads_from_a_model(model_path: Path) -> None:
 
 
 @pytest.mark.parametrize("slower", [0.5, 2.0])
-def test_reads_now(model_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
+def test_as_it_is_now(model_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
     other = device.ReadRow("buffered", 1 << 20, 6, 0.1, 0.05, 0.2)
     kept = make_device(reads=(*make_device().reads, other))
     monkeypatch.setattr(
@@ -144,13 +150,33 @@ def test_reads_now(model_path: Path, monkeypatch: pytest.MonkeyPatch, slower: fl
     )
     visits = iter([0.003, None])
     monkeypatch.setattr(device, "measure_visit", lambda *_: next(visits))
-    found = device.with_reads_now(kept, model_path, 1_000_000)
+    beside = iter([(0.5e-10, 0.5e-9, 3e-10), None])
+    monkeypatch.setattr(device, "beside_reads", lambda *_: next(beside))
+    found = device.as_it_is_now(kept, model_path, 1_000_000, "Q4_0")
     assert found.reads[-1] == other
     for now, then in zip(found.reads[:-1], kept.reads[:-1], strict=True):
         assert now.seconds == pytest.approx(slower * then.seconds)
         assert (now.fast_s, now.slow_s) == pytest.approx((min(slower, 1) * then.fast_s, max(slower, 1) * then.slow_s))
-    assert dataclasses.replace(found, reads=kept.reads) == dataclasses.replace(kept, visit_s=0.003)
-    assert device.with_reads_now(kept, model_path, 1_000_000).visit_s == kept.visit_s
+    for product, before in zip(found.products, kept.products, strict=True):
+        assert product.weights_per_s == pytest.approx(2 * before.weights_per_s)
+    assert found.repack["Q4_0"] == pytest.approx(2e9)
+    assert (found.visit_s, found.contention_s) == (0.003, 3e-10)
+    again = device.as_it_is_now(kept, model_path, 1_000_000, "Q4_0")
+    assert dataclasses.replace(again, reads=kept.reads) == kept
+
+
+@pytest.mark.parametrize("store", ["direct", "buffered"])
+def test_what_computing_loses(store: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3 << 20))
+    found = device.beside_reads(path, store, "Q6_K", 2, 0.02)
+    assert found is not None
+    assert found[0] > 0
+    assert min(found) >= 0
+    path.write_bytes(bytes(1000))
+    assert device.beside_reads(path, store, "Q6_K", 2, 0.02) is None
+    with pytest.raises(ModelFileError, match="missing"):
+        control.contention_measure(2, (256, 64, 4), str(tmp_path / "missing"), [0], 1000, depth=2, store=store, n_threads=2, min_s=0.01)
 
 
 @pytest.mark.parametrize("store", ["direct", "buffered"])

@@ -141,7 +141,9 @@ def find_device(model: str | None, work: Work) -> Device:
     if found is not None:
         if not place.is_file() or place.stat().st_blocks * 512 < place.stat().st_size:  # a folder, or a header with a hole behind it
             return found
-        return dataclasses.replace(device.with_reads_now(found, place, read_bytes), measured=f"{found.measured}, reads now")
+        return dataclasses.replace(
+            device.as_it_is_now(found, place, read_bytes, work.commonest_type), measured=f"{found.measured}, speed now"
+        )
     candidates = [name for name in CANDIDATES if work.columns and work.columns % block_of(name) == 0]
     types = [*sorted(work.types), *candidates]
     probe = functools.partial(device.probe, types=types, read_bytes=read_bytes, n_threads=physical_cores())

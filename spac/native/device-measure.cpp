@@ -19,6 +19,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -39,6 +40,12 @@ constexpr size_t max_read     = (size_t) 1 << 30;
 
 double seconds_since(Clock::time_point begin) {
     return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+double median(std::vector<double> & times) {
+    const auto middle = times.begin() + (ptrdiff_t) (times.size() / 2);
+    std::nth_element(times.begin(), middle, times.end());
+    return *middle;
 }
 
 //
@@ -76,9 +83,20 @@ class ReadMemory {
     size_t size_ = 0;
 };
 
-int measure_reads(spac_reads & test, int store_id) {
+// Of reads that go on, from the first to the last and again, until they are stopped.
+struct Endless {
+    std::atomic<bool>     stop{ false };
+    std::atomic<uint64_t> n_bytes{ 0 };
+};
+
+bool can_be_read(const spac_reads * test) {
+    return test && test->struct_size == sizeof(spac_reads) && test->path && test->offsets && test->lengths && test->n_reads >= 1 &&
+           test->depth >= 1 && test->depth <= max_threads && test->store != SPAC_STORE_MMAP;
+}
+
+int measure_reads(spac_reads & test, Endless * endless = nullptr) {
     int  os_error = 0;
-    auto store    = spac::open_store(store_id, test.path, os_error);
+    auto store    = spac::open_store(test.store, test.path, os_error);
     spac::ModelFile file;
     file.path = test.path;
     if (!store || (os_error = store->open(file)) != 0) {
@@ -114,12 +132,20 @@ int measure_reads(spac_reads & test, int store_id) {
         changed.notify_all();
         changed.wait(lock, [&] { return go; });
         lock.unlock();
-        for (int64_t i; error == 0 && (i = next++) < test.n_reads;) {
+        while (error == 0 && !(endless && endless->stop)) {
+            int64_t i = next++;
+            if (i >= test.n_reads && !endless) {
+                break;
+            }
+            i %= test.n_reads;
             const spac::ReadResult result = test.pages == SPAC_PAGES_PAGER ?
                 store->read(file, memory.data, test.lengths[i], test.offsets[i]) :
                 store->read_in_place(file, memory.data, test.lengths[i], test.offsets[i]);
             if (result.os_error != 0) {
                 error = result.os_error;
+            }
+            if (endless) {
+                endless->n_bytes += test.lengths[i];
             }
             for (size_t at = 0; test.pages == SPAC_PAGES_TOUCHED && at < test.lengths[i]; at += line_bytes) {
                 (void) *(volatile const char *) (memory.data + at);
@@ -203,6 +229,46 @@ std::vector<uint8_t> make_weights(const ggml_tensor & tensor) {
     return data;
 }
 
+// What computing loses for each byte that is read meanwhile: some rounds of `min_s`, half of each alone, half beside the reads.
+template <typename Compute> int measure_contention(spac_products & test, const Compute & compute_s) {
+    constexpr int n_rounds = 5;
+    spac_reads    reads = *test.meanwhile;
+    double        alone_s = 0, both_s = 0;
+    int           n_alone = 0, n_both = 0;
+    uint64_t      n_bytes = 0;
+    for (int round = 0; round < n_rounds; ++round) {
+        const auto compute_for_a_while = [&](double & total_s, int & n) {
+            const auto start = Clock::now();
+            do {
+                total_s += compute_s();
+                ++n;
+            } while (seconds_since(start) < test.min_s / 2 / n_rounds);
+        };
+        compute_for_a_while(alone_s, n_alone);
+        Endless          endless;
+        std::atomic<int> status{ SPAC_OK };
+        std::string      message;
+        std::thread reader([&] {
+            status = guarded([&] { return measure_reads(reads, &endless); });
+            message = spac_last_error();
+        });
+        while (endless.n_bytes == 0 && status == SPAC_OK) {
+            std::this_thread::yield();
+        }
+        const uint64_t before = endless.n_bytes;
+        compute_for_a_while(both_s, n_both);
+        n_bytes += endless.n_bytes - before;
+        endless.stop = true;
+        reader.join();
+        if (status != SPAC_OK) {
+            return fail(status, message);
+        }
+    }
+    const double lost = 1 - (alone_s / n_alone) / (both_s / n_both);
+    test.contention_s = n_bytes ? std::max(0.0, lost * both_s / (double) n_bytes) : 0.0;
+    return SPAC_OK;
+}
+
 int measure_products(spac_products & test) {
     ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     Backend backend(cpu ? ggml_backend_dev_init(cpu, nullptr) : nullptr);
@@ -262,19 +328,21 @@ int measure_products(spac_products & test) {
     }
     ggml_backend_tensor_set(ids, chosen.data(), 0, ggml_nbytes(ids));
 
+    if (ggml_backend_graph_compute(backend.get(), graph) != GGML_STATUS_SUCCESS) {  // the first one wakes threads
+        return fail(SPAC_E_BACKEND, "llama.cpp cannot compute this product");
+    }
+    const auto compute_s = [&] {
+        const auto now = Clock::now();
+        ggml_backend_graph_compute(backend.get(), graph);
+        return seconds_since(now);
+    };
     std::vector<double> times;
     const auto start = Clock::now();
-    for (int i = 0; i < 4 || seconds_since(start) < test.min_s; ++i) {
-        begin = Clock::now();
-        if (ggml_backend_graph_compute(backend.get(), graph) != GGML_STATUS_SUCCESS) {
-            return fail(SPAC_E_BACKEND, "llama.cpp cannot compute this product");
-        }
-        if (i > 0) {  // the first one wakes threads
-            times.push_back(seconds_since(begin));
-        }
-    }
-    test.seconds = *std::min_element(times.begin(), times.end()) / test.n_ops;  // other programs only ever slow it down
-    return SPAC_OK;
+    do {
+        times.push_back(compute_s());
+    } while (times.size() < 3 || seconds_since(start) < test.min_s);
+    test.seconds = median(times) / test.n_ops;
+    return test.meanwhile ? measure_contention(test, compute_s) : SPAC_OK;
 }
 
 //
@@ -306,8 +374,7 @@ double median_wakeup_s(int n) {
         times.push_back(std::chrono::duration<double>(woke - called).count());
     }
     sleeper.join();
-    std::nth_element(times.begin(), times.begin() + n / 2, times.end());
-    return times[(size_t) n / 2];
+    return median(times);
 }
 
 // The fastest of some rounds in which threads sum up memory that no cache holds.
@@ -351,14 +418,11 @@ int spac_stores_probe(const char * path, spac_probe * probe) {
 }
 
 int spac_reads_measure(spac_reads * test) {
-    if (!test || test->struct_size != sizeof(spac_reads)) {
-        return fail(SPAC_E_ARGUMENT, "spac_reads_measure: struct_size does not match this libspac");
+    if (!can_be_read(test)) {
+        return fail(SPAC_E_ARGUMENT, "spac_reads_measure: struct_size does not match this libspac, no path or reads, a depth below 1, or a store "
+                                     "that does not read");
     }
-    if (!test->path || !test->offsets || !test->lengths || test->n_reads < 1 || test->depth < 1 || test->depth > max_threads ||
-        test->store == SPAC_STORE_MMAP) {
-        return fail(SPAC_E_ARGUMENT, "spac_reads_measure: no path or reads, a depth below 1, or a store that does not read");
-    }
-    return guarded([&] { return measure_reads(*test, test->store); });
+    return guarded([&] { return measure_reads(*test); });
 }
 
 int spac_products_measure(spac_products * test) {
@@ -372,6 +436,9 @@ int spac_products_measure(spac_products * test) {
     }
     if (!ggml_get_type_traits((ggml_type) test->type)->to_float && test->type != GGML_TYPE_F32) {
         return fail(SPAC_E_ARGUMENT, "spac_products_measure: weights do not have this type");
+    }
+    if (test->meanwhile && !can_be_read(test->meanwhile)) {
+        return fail(SPAC_E_ARGUMENT, "spac_products_measure: reads that cannot be");
     }
     test->repacked = 0;
     return guarded([&] { return measure_products(*test); });

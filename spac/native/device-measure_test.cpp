@@ -110,6 +110,38 @@ TEST_CASE("products are timed for types with and without another layout") {
     }
 }
 
+TEST_CASE("what computing loses for each byte that is read meanwhile") {
+    REQUIRE(spac_init() == SPAC_OK);
+    TempFile temp(1 << 20);
+    const uint64_t offsets[] = { 0, 500000 }, lengths[] = { 100000, 200000 };
+    spac_reads reads{};
+    reads.struct_size = sizeof reads;
+    reads.path        = temp.path.c_str();
+    reads.offsets     = offsets;
+    reads.lengths     = lengths;
+    reads.n_reads     = 2;
+    reads.depth       = 3;
+    spac_products test{};
+    test.struct_size  = sizeof test;
+    test.type         = GGML_TYPE_Q6_K;
+    test.n_columns    = 256;
+    test.n_rows       = 32;
+    test.n_experts    = 4;
+    test.n_tokens = test.n_ops = 1;
+    test.n_threads    = 2;
+    test.min_s        = 0.05;
+    test.contention_s = -1;
+    test.meanwhile    = &reads;
+    CHECK(spac_products_measure(&test) == SPAC_OK);
+    CHECK(test.contention_s >= 0);
+    const std::string missing = temp.path + ".missing";
+    reads.path = missing.c_str();
+    CHECK(spac_products_measure(&test) == SPAC_E_IO);
+    CHECK(std::string(spac_last_error()).find(missing) != std::string::npos);
+    reads.depth = 0;
+    CHECK(spac_products_measure(&test) == SPAC_E_ARGUMENT);
+}
+
 TEST_CASE("products that cannot be are refused") {
     spac_products test{};
     test.struct_size = sizeof test;

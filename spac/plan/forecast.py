@@ -110,6 +110,14 @@ class Work:
         """Of all matrices."""
         return {name for name, _ in self.dense} | {name for layer in self.layers for name, _ in layer.weights}
 
+    @property
+    def commonest_type(self) -> str:
+        """Of most weights that a token is multiplied with."""
+        used: Counter[str] = Counter(dict(self.dense))
+        for layer in self.layers:
+            used.update({name: n * self.n_used for name, n in layer.weights})
+        return max(used, key=lambda name: used[name])
+
     def quantised(self, type_name: str) -> Work:
         """The same model with experts and other matrices of this type."""
 
@@ -175,6 +183,11 @@ class Machine:
     def slice_s(self, layer: LayerWork) -> float:
         """What a slice costs once it has been read: its last piece is rearranged; the pieces before it were, while others were read."""
         return self.device.wakeup_s + self.repack_s(layer) / math.ceil(layer.read_bytes / PARTS / PIECE_BYTES)
+
+    def contention_s(self, layer: LayerWork) -> float:
+        """What computing loses for each byte that is read and rearranged meanwhile."""
+        rearranging_s = self.repack_s(layer) / READS_IN_FLIGHT * PARTS / layer.read_bytes
+        return self.device.contention_s * self._fewer_cores + rearranging_s
 
     def reads(self, which: str = "seconds") -> Reads:
         """Bandwidth of the disk, behind the limit if there is one."""
@@ -247,8 +260,7 @@ def decode_s(work: Work, machine: Machine, miss: float, reads: Reads, *, attenti
     busy_s, waiting_s = dense_s, dense_s
     for layer, n in Counter(work.layers).items():
         expert_s = slower * machine.compute_s(layer.weights)
-        slice_s = machine.slice_s(layer) if miss > 0 else 0.0
-        compute = Compute(0.0, expert_s, slice_s)
+        compute = Compute(0.0, expert_s, machine.slice_s(layer), machine.contention_s(layer))
         busy_s += n * work.n_used * expert_s
         for missed in range(work.n_used + 1):
             chance = math.comb(work.n_used, missed) * miss**missed * (1 - miss) ** (work.n_used - missed)
@@ -270,7 +282,7 @@ def prefill_s(work: Work, plan: Plan, machine: Machine, n_ubatch: int, prompt_to
     while left > 0:
         n = min(n_ubatch, left)
         compute_s = machine.compute_s(work.dense, n) + work.n_layers * OPS_PER_LAYER * machine.device.op_s
-        read_s = 0.0
+        read_s, contention_s = 0.0, 0.0
         for layer, count in Counter(work.layers).items():
             used = layer.n_experts * (1 - (1 - work.n_used / layer.n_experts) ** n)
             compute_s += count * used * machine.compute_s(layer.weights, n * work.n_used / used)
@@ -278,8 +290,10 @@ def prefill_s(work: Work, plan: Plan, machine: Machine, n_ubatch: int, prompt_to
                 size = layer.read_bytes / PARTS
                 rate = min(reads.bytes_per_s(size, READS_IN_FLIGHT), reads.limit_bytes_per_s or math.inf)
                 rate = 1 / (1 / rate + (machine.device.wakeup_s + machine.repack_s(layer)) / READS_IN_FLIGHT / size)
-                read_s += count * used * (1.0 if first else 1 - share) * layer.read_bytes / rate
-        seconds += max(compute_s / (machine.limits.cpu_share or 1.0), read_s)
+                n_bytes = count * used * (1.0 if first else 1 - share) * layer.read_bytes
+                read_s += n_bytes / rate
+                contention_s += n_bytes * machine.contention_s(layer)
+        seconds += max(compute_s / (machine.limits.cpu_share or 1.0), read_s, compute_s + contention_s)
         left, first = left - n, False
     return seconds + TOKEN_S
 

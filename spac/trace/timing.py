@@ -69,11 +69,13 @@ class Compute:
     """Seconds of a decoded token with all experts in memory: in all, and of that in one expert-token's three products.
 
     `slice_s` is what a slice costs besides its bytes, once it has been read: being rearranged, and waking who waits for it.
+    `contention_s` is what computing loses, on all threads, for each byte that is read and rearranged meanwhile.
     """
 
     token_s: float
     expert_token_s: float
     slice_s: float = 0.0
+    contention_s: float = 0.0
 
     @classmethod
     def measured(cls, trace: Trace, token_s: float | None = None) -> Compute:
@@ -143,6 +145,12 @@ def predict(trace: Trace, replayed: Replay, compute: Compute, reads: Reads, skip
     return Prediction(len(decoded) / seconds, len(decoded) / bound)
 
 
+def pieces_of(offset: int, length: int) -> list[tuple[int, int]]:
+    """Offset and length of the reads that a slice is read in: as few as may be, equally long (bytes)."""
+    size = math.ceil(length / math.ceil(length / PIECE_BYTES))
+    return [(offset + done, min(size, length - done)) for done in range(0, length, size)]
+
+
 def layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads: Reads) -> float:
     """Seconds of one layer's experts, of which some must be read."""
     slice_bytes, product_s = bundle_bytes / PARTS, compute.expert_token_s / PARTS
@@ -157,7 +165,7 @@ def layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads: 
         now += (used - missed) * product_s
         for arrival in there[part * missed : (part + 1) * missed]:
             now = max(now, arrival) + product_s
-    return now
+    return max(now, used * compute.expert_token_s + missed * bundle_bytes * compute.contention_s)
 
 
 def limited(reads: Reads, bytes_per_s: float) -> Reads:

@@ -133,13 +133,13 @@ def test_a_kept_profile_is_used_and_an_unusable_one_named(
     monkeypatch.setattr(device, "probe", lambda *_, **__: pytest.fail("measured again"))
     result = cli("plan", model_path, "--memory", "8G")
     assert "made up" in result.out
-    assert "measured 2026-01-01 00:00:00, reads now" in result.out
+    assert "measured 2026-01-01 00:00:00, speed now" in result.out
     assert result.err == ""
     hollow = tmp_path / "header.gguf"
     hollow.write_bytes(model_path.read_bytes()[: 4 << 20])
     os.truncate(hollow, model_path.stat().st_size)
     device.save(mine, device.path_of(hollow))
-    assert "reads now" not in cli("plan", hollow, "--memory", "8G").out
+    assert "speed now" not in cli("plan", hollow, "--memory", "8G").out
     monkeypatch.setattr(device, "probe", lambda *_, **__: make_device(cpu="probed", quick=True))
     kept.write_text("{")
     result = cli("plan", model_path, "--memory", "8G")

@@ -43,13 +43,16 @@ FREE = Machine(make_device(wakeup_s=1e-9, repack={}), Limits())
 
 
 def question(machine: Machine = FREE) -> Question:
-    return Question(WORK, lambda n: dataclasses.replace(SIZES, compute_bytes=SIZES.compute_bytes * n // 512), machine, 60 * MIB, 4096, None, 512)
+    return Question(
+        WORK, lambda n: dataclasses.replace(SIZES, compute_bytes=SIZES.compute_bytes * n // 512), machine, 60 * MIB, 4096, None, 512
+    )
 
 
 def test_a_header_says_what_a_token_takes(model_path: Path) -> None:
     work = Work.of(check_model(model_path), read_gguf(model_path).tensors)
     assert (work.n_layers, work.n_used, len(work.layers), work.n_bundles, work.columns) == (10, 4, 10, 320, 256)
     assert work.types == {"Q4_0", "Q8_0", "F32"}
+    assert work.commonest_type == "Q4_0"
     assert work.layers[0].weights == (("Q4_0", 3 * 256 * 256),)
     assert dict(work.dense)["Q8_0"] == 10 * (2 * 256 * 256 + 2 * 256 * 128) + 256 * 4096  # attention, and the embedding as output
 
@@ -87,6 +90,23 @@ def test_each_layer_that_misses_something_is_visited() -> None:
     for miss in (0.0, 0.3, 1.0):
         expected = decode_s(WORK, FREE, miss, FREE.reads()) + 20 * (1 - (1 - miss) ** 4) * 1e-3
         assert decode_s(WORK, machine, miss, machine.reads()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_reads_take_processors_from_computing() -> None:
+    """Reading and computing go on side by side as far as there are processors for both."""
+    alone = decode_s(WORK, FREE, 0.5, FREE.reads())
+    little, much = (Machine(make_device(wakeup_s=1e-9, repack={}, contention_s=s), Limits()) for s in (1e-15, 1e-6))
+    assert decode_s(WORK, little, 0.5, little.reads()) == pytest.approx(alone)
+    products = decode_s(WORK, FREE, 0.0, FREE.reads())
+    assert decode_s(WORK, much, 0.5, much.reads()) == pytest.approx(products + 0.5 * 4 * 20 * (BYTES + 3 * 4096) * 1e-6)
+    plan = make_plan(3 * GIB, 60 * MIB, SIZES, paging="auto", n_ctx=4096)
+    assert prefill_s(WORK, plan, much, 512, 512) == pytest.approx(20 * 64 * (BYTES + 3 * 4096) * 1e-6, rel=0.1)
+
+
+def test_rearranging_takes_processors_from_computing() -> None:
+    slow = Machine(make_device(wakeup_s=1e-9, repack={"Q4_0": 1e6}, cores=2), Limits())
+    layer = WORK.layers[0]
+    assert slow.contention_s(layer) == pytest.approx(sum(n for _, n in layer.weights) / 1e6 / 2 / layer.read_bytes)
 
 
 def test_a_prompt_reads_each_expert_once_for_a_ubatch() -> None:
@@ -181,7 +201,9 @@ def test_what_is_picked(rates: dict[str, float | None], picked: str | None) -> N
 # -- misses --
 
 
-@pytest.mark.parametrize(("architecture", "n_experts", "n_used"), [("qwen3moe", 32, 4), ("gpt-oss", 32, 4), ("qwen3moe", 128, 8), ("x", 8, 8)])
+@pytest.mark.parametrize(
+    ("architecture", "n_experts", "n_used"), [("qwen3moe", 32, 4), ("gpt-oss", 32, 4), ("qwen3moe", 128, 8), ("x", 8, 8)]
+)
 def test_misses_fall_with_the_share(architecture: str, n_experts: int, n_used: int) -> None:
     found = [misses(share / 50, architecture, n_experts, n_used) for share in range(51)]
     assert found[0].median == pytest.approx(1.0)

@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define SPAC_ABI_VERSION 7
+#define SPAC_ABI_VERSION 8
 #define SPAC_EVENT_MAX_EXPERTS 32  // a token's experts beyond this many are counted, but not named in its event
 
 enum {
@@ -265,8 +265,10 @@ typedef struct spac_products {
     int32_t  repacked;   // result: this CPU has another layout for the type
     int32_t  reserved;   // 0
     double   min_s;      // repeat at least so long
-    double   seconds;    // result: of one product, the fastest
+    double   seconds;    // result: of one product, the median
     double   repack_s;   // result: rearranging all weights, on one thread; 0: not repacked
+    const spac_reads * meanwhile;     // or NULL: these, again and again, beside the products for another min_s, half of it
+    double             contention_s;  // result: what computing loses for each byte of them
 } spac_products;
 
 // What of the kernel's means the stores find here
