@@ -72,13 +72,13 @@ def worker(part: str, model: Path, *rest: object, **limit: Any) -> tuple[dict[st
     return json.loads(run.stdout.splitlines()[-1]), run
 
 
-def open_model(model: Path, memory_bytes: int) -> tuple[Any, Any]:
+def open_model(model: Path, memory_bytes: int, draft_max: Any = "auto") -> tuple[Any, Any]:
     import spac
     from spac.speculative import DraftLlama, ModelDraft, Speculation
 
     draft = ModelDraft(DraftLlama(DRAFT, memory=memory_bytes, n_ctx=1024, verbose=False))
     llama = spac.Llama(model, memory=memory_bytes, paging="on", n_ctx=1024, verbose=False)
-    return llama, Speculation(draft)
+    return llama, Speculation(draft, draft_max)
 
 
 # -- what it takes of the processor --
@@ -143,7 +143,7 @@ def changes(arguments: argparse.Namespace) -> list[str]:
         f"Written by `scripts/live_study.py changes`: {arguments.model.name}, {SHARE:.0%} of it in memory, 1 GB/s, with the draft; the change comes after {BEFORE}",
         f"tokens, {AFTER} follow. *kept*: the first plan for good. {arguments.repeats} runs each, in turn; medians of them, of steps and peaks the largest. Times by",
         "token: median before; of each run the longest of the ten after the change, with its misses; median of the last 32. *peak*: of the group from the change on,",
-        "of its limit then.", "",
+        "of its limit then. Drafts are only sensed, none is verified: a batch rounds differently, and here texts have to be equal to the last token.", "",
         "| change | plans | steps to the first new plan | before | longest of ten | last | misses a token, last | peak, of limit | choice before → after | same text |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     )  # fmt: skip
@@ -191,7 +191,7 @@ def change_worker(model: Path, memory_bytes: int, change: str, live: bool) -> in
     """One run; the change is made between two tokens, the group's peak counted from there on."""
     from spac.generate import Sampling, generate, tokenize
 
-    llama, speculation = open_model(model, memory_bytes)
+    llama, speculation = open_model(model, memory_bytes, draft_max=0)
     balancer = llama.spac.balancer()
     token_s: list[float] = []
     misses: list[int] = []

@@ -5,14 +5,15 @@
     .venv/bin/python scripts/plan_study.py build/demo/4g.gguf build/demo/spac-demo-1g.gguf --out docs/benchmarks/plan
     .venv/bin/python scripts/plan_study.py --report docs/benchmarks/plan        # the table again
     .venv/bin/python scripts/plan_study.py MODEL... --report docs/benchmarks/plan --predict-again   # and what is predicted, now
-    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 8.59   # docs/benchmarks/plan/time-model.md
+    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 8.59 --contention 200   # docs/benchmarks/plan/time-model.md
 
 Each answer, to one of the benchmark's prompts of each kind, is a process of its own in a profile's limits, sampled with a penalty on
 repetition. Predicted as `spac plan` would: by the header, the limit, what `spac tune` measured and how fast the disk is now; just before the answer and
 just after it, since a disk changes meanwhile. Runs that are there already are kept.
 
 `--time-model` tries the time model alone: runs of scripts/measure_paging.py, with the misses that they had instead of those of the curve,
-and with their own reads and compute times; `--repack` is what `spac tune` says of Q4_0 (billions of weights a second).
+and with their own reads and compute times; `--repack` is what `spac tune` says of Q4_0 (billions of weights a second), `--contention` what it says of
+computing while reading (ms for each GB).
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ def report(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def time_model(folder: Path, repack_per_s: float) -> str:
+def time_model(folder: Path, repack_per_s: float, contention_s: float) -> str:
     """Decoding as `forecast.decode_s` has it, against runs whose misses are known."""
     import measure_paging as paging
 
@@ -241,7 +242,7 @@ def time_model(folder: Path, repack_per_s: float) -> str:
     runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
     lines = [
         "# The time model with known misses\n",
-        f"`.venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack {repack_per_s / 1e9:g}`: how each expert missing independently with a run's own rate compares with the run.\n",
+        f"`.venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack {repack_per_s / 1e9:g} --contention {contention_s * 1e12:g}`: how each expert missing independently with a run's own rate compares with the run.\n",
         "| profile | memory | reads limited to | misses | measured, tokens/s | predicted | off by |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     errors = []
@@ -255,7 +256,7 @@ def time_model(folder: Path, repack_per_s: float) -> str:
         # measured with the profile's processors: neither fewer cores nor a share is to be counted again
         limits = dataclasses.replace(limits, cores=None, cpu_share=None)
         threads = run["threads"]
-        device = Device("", threads, "", "", threads, rows, (ProductRow("Q4_0", 1, weights / compute.expert_token_s),), {"Q4_0": repack_per_s}, 1e-12, 5e-6, 1e12)
+        device = Device("", threads, "", "", threads, rows, (ProductRow("Q4_0", 1, weights / compute.expert_token_s),), {"Q4_0": repack_per_s}, 1e-12, 5e-6, 1e12, contention_s=contention_s)
         layer = LayerWork(trace.n_experts, bundle, bundle, (("Q4_0", weights),))
         dense = max(0, int((compute.token_s - n * compute.expert_token_s) * weights / compute.expert_token_s))
         work = Work("", trace.n_used, trace.n_layers, (layer,) * trace.n_layers, (("Q4_0", dense),), 256)
@@ -279,6 +280,7 @@ def main() -> None:
     parser.add_argument("--predict-again", action="store_true", help="with --report: what was measured stays, predictions are made anew")
     parser.add_argument("--time-model", type=Path, metavar="FOLDER", help="only try the time model on runs of measure_paging.py")
     parser.add_argument("--repack", type=float, default=0, metavar="N", help="billions of Q4_0 weights that a thread rearranges a second")
+    parser.add_argument("--contention", type=float, default=0, metavar="N", help="ms of computing lost for each GB that is read meanwhile")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--ask", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -290,7 +292,7 @@ def main() -> None:
         run_worker(json.loads(options.worker))
         return
     if options.time_model:
-        print(time_model(options.time_model, options.repack * 1e9), end="")
+        print(time_model(options.time_model, options.repack * 1e9, options.contention / 1e12), end="")
         return
     folder = options.report or options.out
     if options.report is None:
