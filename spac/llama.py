@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import llama_cpp
 import llama_cpp.llama_cpp as upstream
+import numpy as np
 
 from spac import control, log, seam
 from spac.errors import BudgetError, DecodeError, ModelFileError, OptionError, SpacError
@@ -457,9 +458,18 @@ class Llama(llama_cpp.Llama):
                 raise DecodeError(f"{before + n_new} tokens do not fit into the context of {self._n_ctx}; raise n_ctx (--ctx)")
             try:
                 yield
+                self._check_logits(n_new)
             except SpacError:
                 self.forget_after(before)
                 raise
+
+    def _check_logits(self, n_new: int) -> None:
+        """Of the last token: damaged weights may compute what is no number, of which a sampler would still choose something."""
+        if n_new == 0 or self.context_params.embeddings:
+            return
+        logits = np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), (self._n_vocab,))
+        if np.isnan(logits.sum()):
+            raise DecodeError(f"{self.spac.facts.path}: what its weights compute is no number: they are damaged; fetch the file again")
 
     def forget_after(self, n_tokens: int) -> bool:
         """Keep only the first n_tokens of the context. False: the model cannot take tokens back, and the context is empty now."""

@@ -175,6 +175,8 @@ def load(options: LoadOptions) -> tuple[Llama, float]:
 
     # before anything heavy is imported
     check_model(options.model)
+    if options.paging is Paging.off and options.memory != "auto":
+        terminal.note(f"spac: --paging off loads as stock llama.cpp does, --memory {options.memory} is not kept to")
     check_address_space(IMPORT_BYTES)
     begin = time.perf_counter()
     from spac.llama import Llama

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from spac import control
+from spac.gguf.reader import read_gguf
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -41,6 +42,27 @@ def test_stdout_carries_the_answer_only(cli: Cli, model_path: Path) -> None:
     assert with_stats.out == result.out
     assert "decode" in with_stats.err
     assert "peak" in with_stats.err
+
+
+@pytest.mark.parametrize("paging", ["on", "off"])
+def test_weights_that_compute_no_numbers(cli: Cli, model_path: Path, tmp_path: Path, paging: str) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    shutil.copy(model_path, damaged)
+    tensor = next(tensor for tensor in read_gguf(damaged).tensors if tensor.name == "blk.3.ffn_down_exps.weight")
+    with damaged.open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(b"\xff" * tensor.n_bytes)
+    result = cli("run", damaged, "-p", PROMPT, *GREEDY, "--paging", paging)
+    assert result.code == 1
+    assert result.out.strip() == ""
+    assert result.err.count("\n") == 1
+    assert "damaged.gguf: what its weights compute is no number" in result.err
+
+
+def test_a_limit_that_is_not_kept_to_is_named(cli: Cli, model_path: Path) -> None:
+    result = cli("run", model_path, "-p", PROMPT, *GREEDY, "--paging", "off", "--memory", "1M")
+    assert result.code == 0
+    assert result.err == "spac: --paging off loads as stock llama.cpp does, --memory 1M is not kept to\n"
 
 
 def test_json_is_one_object_and_text_the_completion(cli: Cli, model_path: Path) -> None:
