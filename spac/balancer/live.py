@@ -22,6 +22,7 @@ from spac.balancer.cost import Costs
 from spac.balancer.curves import MissCurve
 from spac.balancer.heuristics import greedy
 from spac.balancer.state import Cache, Choice, Lookahead, Plan, State
+from spac.errors import OptionError
 from spac.means import Mean, Usual
 from spac.trace.timing import PARTS, Reads
 
@@ -125,7 +126,7 @@ class DraftCost:
         _, i, seconds = max(others, default=(0, -1, 0.0))  # none: beginning is a token's work
         token_s = (whole - seconds) / (n - i)
         token_s = min(max(token_s, whole / (n + MOST_OF_START)), whole / n)
-        return whole - n * token_s, token_s
+        return max(0.0, whole - n * token_s), token_s  # n times a n-th may be more, by rounding
 
 
 @dataclass
@@ -351,7 +352,12 @@ class LiveBalancer:
         self._marks, self._steps = (self.measured.marks(), self.measured.accepted[0].get()), 0
         # where decoding waits for reads a verified token takes nearly as long as a decode of its own, and what is measured
         # of decodes that verify none must not grow old
-        self.have_planned(self._model.state(self.measured, self.has_drafted, self.verifies and not self.waits_for_reads))
+        try:
+            state = self._model.state(self.measured, self.has_drafted, self.verifies and not self.waits_for_reads)
+        except OptionError as e:  # decoding goes on
+            _log.warning("%s; the last plan stays", e)
+            return
+        self.have_planned(state)
 
     def have_planned(self, state: State) -> None:
         """Leave a state to the thread."""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from spac.balancer import live
 from spac.balancer.heuristics import greedy
@@ -319,6 +321,29 @@ def test_another_text_is_planned_for_anew(balancer: LiveBalancer, stall_s: float
     assert balancer.plans == 1
     feed(balancer, decode, 1)
     planned(balancer, 2)
+
+
+@example([(1, 1e-6), (3, 0.00333)])
+@given(st.lists(st.tuples(st.integers(1, 6), st.floats(1e-6, 10.0)), min_size=1, max_size=12))
+def test_drafting_never_takes_less_than_nothing(proposals: list[tuple[int, float]]) -> None:
+    """Rounding once made beginning to draft take -1e-18 s, of which no plan can be made."""
+    cost = live.DraftCost()
+    for n, seconds in proposals:
+        cost.add(n, seconds)
+        assert min(cost.parts()) >= 0
+
+
+def test_what_no_plan_can_be_made_of_ends_no_answer(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    balancer = LiveBalancer(MODEL)
+    monkeypatch.setattr(live.DraftCost, "parts", lambda _: (-1.0, 0.0))
+    balancer.has_drafted = True
+    with caplog.at_level(logging.WARNING):
+        for _ in range(live.FIRST_PLAN):
+            balancer.decoded(Decode(0, 0.1, 0.05, 10, 1000, 0, 0, 100))
+    assert balancer.choice is None
+    assert [record.message for record in caplog.records] == [
+        "the balancer cannot plan with this: a number is negative or no number; the last plan stays"
+    ]
 
 
 def test_a_proposals_first_token_takes_longer_than_the_others() -> None:
