@@ -5,7 +5,8 @@
     .venv/bin/python scripts/plan_study.py build/demo/4g.gguf build/demo/spac-demo-1g.gguf --out docs/benchmarks/plan
     .venv/bin/python scripts/plan_study.py --report docs/benchmarks/plan        # the table again
     .venv/bin/python scripts/plan_study.py MODEL... --report docs/benchmarks/plan --predict-again   # and what is predicted, now
-    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 8.59 --contention 200   # docs/benchmarks/plan/time-model.md
+    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 8.59       # docs/benchmarks/plan/time-model.md
+    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging/present --repack 4.87 --contention 200   # again/time-model.md
 
 Each answer, to one of the benchmark's prompts of each kind, is a process of its own in a profile's limits, sampled with a penalty on
 repetition. Predicted as `spac plan` would: by the header, the limit, what `spac tune` measured and how fast the disk is now; just before the answer and
@@ -242,7 +243,7 @@ def time_model(folder: Path, repack_per_s: float, contention_s: float) -> str:
     runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
     lines = [
         "# The time model with known misses\n",
-        f"`.venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack {repack_per_s / 1e9:g} --contention {contention_s * 1e12:g}`: how each expert missing independently with a run's own rate compares with the run.\n",
+        f"`.venv/bin/python scripts/plan_study.py --time-model {folder} --repack {repack_per_s / 1e9:g} --contention {contention_s * 1e12:g}`: how each expert missing independently with a run's own rate compares with the run.\n",
         "| profile | memory | reads limited to | misses | measured, tokens/s | predicted | off by |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     errors = []
