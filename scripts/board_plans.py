@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What `spac plan` foretells of models on boards that nobody here has: the table that docs/raspberry-pi.md and docs/jetson.md quote.
 
-    for m in qwen3-30b-a3b gpt-oss-20b olmoe-1b-7b; do .venv/bin/python scripts/synth --like $m build/synth/$m.gguf --header-only; done
+    for m in qwen3-30b-a3b gpt-oss-20b olmoe-1b-7b; do .venv/bin/python scripts/synth --like $m build/$m.gguf --header-only; done
     .venv/bin/spac tune build
-    .venv/bin/python scripts/board_plans.py build/synth/*.gguf > docs/benchmarks/boards.md
+    .venv/bin/python scripts/board_plans.py build/*.gguf > docs/benchmarks/boards.md
 
 Only headers are read; a real file gives the same. Products are timed on this machine, so it should be idle: the load is printed.
 """

@@ -54,6 +54,7 @@ GUESSED_SLOPE: Final = 0.25  # computing one more token, in that of one, before 
 GUESSED_LOOKAHEAD: Final = Lookahead(0.05, 0.8)  # before anything was read ahead
 LEAST_DECODES: Final = 8  # that tell what a byte costs
 MOST_OF_WAITING: Final = 1.5  # what reads are said to take at most, in what was waited for them
+NOTHING: Final = 1e-9  # a mean that has faded so far
 LEAST_AHEAD_BYTES: Final = 1 << 20  # by decode, to be measured
 
 
@@ -227,7 +228,8 @@ class Model:
         points = [(0, float(self.n_used)), (slots, misses), (self.n_bundles, 0.0)][: 2 if slots == self.n_bundles else 3]
         curve = MissCurve(np.array([n for n, _ in points]), np.array([m for _, m in points]))
         # all that reads take, by the bytes that are missed: what hides behind computing is left out on both sides
-        rate = self.bundle_bytes * misses / measured.reading_s.get() if measured.reading_s.get() > 0 and misses > 0 else 1e15
+        reading_s = measured.reading_s.get()
+        rate = self.bundle_bytes * misses / reading_s if min(reading_s, misses) > NOTHING else 1e15
         n = len([mean for mean in measured.accepted if mean.value is not None]) if drafts and verifies else 0
         base_s = measured.compute_s[0].get()
         compute = [mean.get(base_s * (1 + GUESSED_SLOPE * i)) for i, mean in enumerate(measured.compute_s[: n + 1])]

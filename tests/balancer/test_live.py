@@ -8,9 +8,10 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spac.balancer import live
@@ -331,6 +332,35 @@ def test_drafting_never_takes_less_than_nothing(proposals: list[tuple[int, float
     for n, seconds in proposals:
         cost.add(n, seconds)
         assert min(cost.parts()) >= 0
+
+
+@st.composite
+def decodes(draw: st.DrawFn) -> Decode:
+    seconds = draw(st.floats(1e-6, 100))
+    ahead_bytes = draw(st.integers(0, 1 << 40))
+    return Decode(
+        verified=draw(st.integers(0, MOST_VERIFIED + 1)), seconds=seconds, stall_s=draw(st.floats(0, 2 * seconds)), misses=draw(st.integers(0, 1000)),
+        read_bytes=draw(st.integers(0, 1 << 40)), ahead_bytes=ahead_bytes, wasted_bytes=draw(st.integers(0, 2 * ahead_bytes)),
+        budget_bytes=draw(st.integers(0, 1 << 40)),
+    )  # fmt: skip
+
+
+chances = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+
+
+@pytest.mark.filterwarnings("error")
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(decodes(), st.tuples(chances, chances, st.floats(0, 10))), min_size=1, max_size=30), st.booleans(), st.booleans())
+def test_a_plan_can_be_made_of_whatever_was_measured(events: list[Any], drafts: bool, verifies: bool) -> None:
+    measured = Measured()
+    for event in events:
+        if isinstance(event, Decode):
+            measured.add(event)
+        else:
+            measured.drafted(*event)
+        state = MODEL.state(measured, drafts, verifies)
+        assert greedy(state).seconds_per_token >= 0
+        assert greedy(MODEL.without_draft(state, 100 * MIB)).seconds_per_token >= 0
 
 
 def test_what_no_plan_can_be_made_of_ends_no_answer(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
