@@ -1,6 +1,6 @@
 """What this machine gives: reads by size and depth, products by type and batch, waking a thread, memory bandwidth.
 
-`measure` takes most of a minute (`spac tune`), `probe` less than a second and measures what one model needs. A measured device is
+`measure` takes half a minute (`spac tune`), `probe` a second or two and measures what one model needs. A measured device is
 kept as JSON in the user's cache, by processor and disk, and says which build measured it. A file is never trusted.
 """
 
@@ -211,7 +211,7 @@ def measure(path: Path, *, n_threads: int, progress: Callable[[str], None] | Non
 
 
 def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) -> Device:
-    """Measure, in less than a second, what a model needs that has weights of these types and reads so many bytes at a time.
+    """Measure, in a second or two, what a model needs that has weights of these types and reads so many bytes at a time.
 
     Raises:
         SpacError: nothing can be read or written at `path`.
