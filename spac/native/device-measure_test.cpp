@@ -17,6 +17,20 @@ static spac_reads reads_of(const TempFile & temp, const std::vector<uint64_t> & 
     return test;
 }
 
+// Products of four small experts.
+static spac_products products_of(ggml_type type, int n_tokens, int n_ops) {
+    spac_products test{};
+    test.struct_size = sizeof test;
+    test.type        = type;
+    test.n_columns   = 256;
+    test.n_rows      = 32;
+    test.n_experts   = 4;
+    test.n_tokens    = n_tokens;
+    test.n_threads   = 2;
+    test.n_ops       = n_ops;
+    return test;
+}
+
 TEST_CASE("reads of whole blocks are timed with both stores, into all kinds of pages") {
     TempFile temp(1 << 20);
     const std::vector<uint64_t> offsets = { 0, 65536, 131072, 524288, 983040 }, lengths(5, 65536);
@@ -92,16 +106,8 @@ TEST_CASE("products are timed for types with and without another layout") {
     REQUIRE(spac_init() == SPAC_OK);  // the CPU backend may be a module
     for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q6_K, GGML_TYPE_IQ2_XXS, GGML_TYPE_F16 }) {
         for (int n_tokens : { 1, 8 }) {
-            spac_products test{};
-            test.struct_size = sizeof test;
-            test.type        = type;
-            test.n_columns   = 256;
-            test.n_rows      = 32;
-            test.n_experts   = 4;
-            test.n_tokens    = n_tokens;
-            test.n_threads   = 2;
-            test.n_ops       = 3;
-            test.repack      = 1;
+            spac_products test = products_of(type, n_tokens, 3);
+            test.repack        = 1;
             CAPTURE(type);
             CHECK(spac_products_measure(&test) == SPAC_OK);
             CHECK(test.seconds > 0);
@@ -113,22 +119,9 @@ TEST_CASE("products are timed for types with and without another layout") {
 TEST_CASE("what computing loses for each byte that is read meanwhile") {
     REQUIRE(spac_init() == SPAC_OK);
     TempFile temp(1 << 20);
-    const uint64_t offsets[] = { 0, 500000 }, lengths[] = { 100000, 200000 };
-    spac_reads reads{};
-    reads.struct_size = sizeof reads;
-    reads.path        = temp.path.c_str();
-    reads.offsets     = offsets;
-    reads.lengths     = lengths;
-    reads.n_reads     = 2;
-    reads.depth       = 3;
-    spac_products test{};
-    test.struct_size  = sizeof test;
-    test.type         = GGML_TYPE_Q6_K;
-    test.n_columns    = 256;
-    test.n_rows       = 32;
-    test.n_experts    = 4;
-    test.n_tokens = test.n_ops = 1;
-    test.n_threads    = 2;
+    const std::vector<uint64_t> offsets = { 0, 500000 }, lengths = { 100000, 200000 };
+    spac_reads    reads = reads_of(temp, offsets, lengths, SPAC_STORE_AUTO);
+    spac_products test  = products_of(GGML_TYPE_Q6_K, 1, 1);
     test.min_s        = 0.05;
     test.contention_s = -1;
     test.meanwhile    = &reads;
