@@ -138,7 +138,8 @@ class Device:
         from spac.trace.timing import Reads
 
         rows = [row for row in self.reads if row.store == self.store]
-        return Reads({(row.size_bytes, row.depth): row.size_bytes * row.depth / getattr(row, which) for row in rows})
+        rates = {(row.size_bytes, row.depth): row.size_bytes * row.depth / getattr(row, which) for row in rows}
+        return Reads(rates, contention_s=self.contention_s)
 
     def weights_per_s(self, type_name: str, n_tokens: float) -> float:
         """Weights times tokens a second, interpolated between measured batches.

@@ -448,6 +448,16 @@ class Llama(llama_cpp.Llama):
             self.n_tokens += len(tokens)
             self._requires_eval = False
 
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """A token to follow what is in the context.
+
+        Raises:
+            DecodeError: nothing is in the context, since the prompt is empty.
+        """
+        if self.n_tokens == 0:
+            raise DecodeError("the prompt is empty")
+        return int(super().sample(*args, **kwargs))
+
     @contextlib.contextmanager
     def _evaluating(self, n_new: int) -> Iterator[None]:
         """Check that so many tokens fit; if evaluating them fails, leave things as they were."""

@@ -396,6 +396,12 @@ def test_a_load_that_is_cancelled_leaves_no_model_behind(model_path: Path) -> No
     assert n_open() == before
 
 
+def test_an_empty_prompt(llama: spac.Llama) -> None:
+    for prompt in ("", []):
+        with pytest.raises(spac.DecodeError, match="the prompt is empty"):
+            llama(prompt, max_tokens=1)
+
+
 def test_a_prompt_longer_than_the_context(llama: spac.Llama) -> None:
     with pytest.raises(spac.DecodeError, match="do not fit into the context of 512"):
         llama.eval([300] * 513)

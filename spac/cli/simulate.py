@@ -72,6 +72,8 @@ def simulate(
     debug: opt.Debug = False,
 ) -> int:
     """Replay a trace: how often would experts be in memory, by size and policy of the cache?"""
+    from dataclasses import replace
+
     from spac.trace.format import Trace
     from spac.trace.simulation import parse_cache, replay
     from spac.trace.timing import Compute
@@ -80,8 +82,9 @@ def simulate(
     sizes = [(text, parse_cache(text, loaded)) for text in split(cache or ["25%"])]
     model = None
     if reads is not None:
-        timed = Trace.load(compute if compute is not None else trace)
-        model = (Compute.measured(timed, token_s), load_reads(reads, read_limit))
+        measured = load_reads(reads, read_limit)
+        times = Compute.measured(Trace.load(compute if compute is not None else trace), token_s)
+        model = (replace(times, contention_s=measured.contention_s), measured)
     replays = [(text, replay(loaded, n, name, quota.value)) for text, n in sizes for name in split(policy or ["default,lru,min"])]
     results = [describe(loaded, text, replayed, model) for text, replayed in replays]
     if as_json:

@@ -6,6 +6,7 @@ experts in memory, or from a run like that. Nothing is fitted.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -25,10 +26,14 @@ PIECE_BYTES: Final = 960 << 10  # at most, of what one thread reads of a slice a
 
 @dataclass(frozen=True)
 class Reads:
-    """Bandwidth of a bare reader, bytes/s, by size of a read in bytes and reads in flight (asked for at once, from none)."""
+    """Bandwidth of a bare reader, bytes/s, by size of a read in bytes and reads in flight (asked for at once, from none).
+
+    `contention_s` is `Compute`'s, where `spac tune` measured it.
+    """
 
     by_size_and_depth: dict[tuple[int, int], float]
     limit_bytes_per_s: float | None = None  # of a control group: see `limited`
+    contention_s: float = 0.0
 
     @classmethod
     def load(cls, path: str) -> Reads:
@@ -174,4 +179,4 @@ def limited(reads: Reads, bytes_per_s: float) -> Reads:
     The kernel lets a group catch up on what it left unused, up to a tenth of a second (blk-throttle's slice), about a token: so
     bytes by time are bounded, not each read. For a disk that is slower, measure its reads instead.
     """
-    return Reads(reads.by_size_and_depth, bytes_per_s)
+    return dataclasses.replace(reads, limit_bytes_per_s=bytes_per_s)

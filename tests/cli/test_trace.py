@@ -52,9 +52,14 @@ def test_a_replay_prints_a_table(cli: Cli, trace_path: Path) -> None:
 
 def test_speed_is_predicted_from_what_tune_keeps(cli: Cli, trace_path: Path, tmp_path: Path) -> None:
     kept = tmp_path / "device.json"
+    arguments = ("simulate", trace_path, "--cache", "10%", "--reads", kept, "--token-s", "0.01", "--json")
     device.save(make_device(), kept)
-    result = json.loads(cli("simulate", trace_path, "--cache", "10%", "--reads", kept, "--token-s", "0.01", "--json").out)["results"][0]
+    result = json.loads(cli(*arguments).out)["results"][0]
     assert 0 < result["tokens_per_s"] <= 100
+    device.save(make_device(contention_s=1e-6), kept)
+    contended = json.loads(cli(*arguments).out)["results"][0]
+    assert contended["tokens_per_s"] < result["tokens_per_s"]
+    assert contended["bound_tokens_per_s"] == result["bound_tokens_per_s"]
     kept.write_text(kept.read_text()[:-9])
     assert "damaged; run spac tune" in cli("simulate", trace_path, "--reads", kept).line
 
