@@ -68,13 +68,14 @@ BENCH_FLAGS = --out $(BENCH_OUT) $(addprefix --peer ,$(PEERS))
 bench-quick: build stock .venv/.bench-installed build/demo/spac-demo-1g.gguf ## a look at speed beside llama.cpp, under 5 minutes
 	$(BENCH) build/demo/spac-demo-1g.gguf --suite quick --repeats 2 $(BENCH_FLAGS)
 
-bench: build stock .venv/.bench-installed build/demo/4g.gguf ## everything, hours; interrupted, it goes on where it was
+bench: build stock .venv/.bench-installed build/demo/4g.gguf ## all suites that compare, hours; interrupted, it goes on where it was
 	$(BENCH) build/demo/4g.gguf --suite full --name full --resume $(BENCH_FLAGS)
 	$(BENCH) build/demo/4g.gguf --suite speed --name speed --resume $(BENCH_FLAGS)
 	$(BENCH) build/demo/4g.gguf --suite stock --name stock --resume $(BENCH_FLAGS)
 	$(BENCH) build/demo/4g.gguf --suite latency --name latency --resume --prompts-per-run 5 $(BENCH_FLAGS)
 	@if $(PY) -c 'import mlperf_loadgen' 2>/dev/null; then set -x; \
 	$(BENCH) build/demo/4g.gguf --profile native --name loadgen --resume --loadgen --repeats 1 --prompts-per-run 5 --out $(BENCH_OUT); fi
+	$(PY) scripts/measure_paging.py build/demo/4g.gguf --out $(BENCH_OUT)/paging
 	$(PY) scripts/synth_study.py --out $(BENCH_OUT)/synth.md
 
 synth: build ## synthetic models with the structure of known ones, up to 35B, run paged; some minutes, 4 GB of disk

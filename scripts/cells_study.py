@@ -4,7 +4,8 @@ kind of prompt.
 
     .venv/bin/python scripts/learn_routing.py build/demo/4g.gguf build/demo/learned.npz --memory 10G
     .venv/bin/python scripts/cells_study.py build/demo/4g.gguf --learned build/demo/learned.npz --out docs/benchmarks/cells
-    .venv/bin/python scripts/cells_study.py --report docs/benchmarks/cells      # the table again
+    .venv/bin/python scripts/cells_study.py --report docs/benchmarks/cells                        # the table again
+    .venv/bin/python scripts/cells_study.py --report docs/benchmarks/cells build/demo/4g.gguf     # and where answers part
 
 A cell is a run of `spac bench` in a folder of its own, its contenders in turn and each from a cold start; cells that are there are kept.
 What the tables learned is of other text, the same for all. Needs root, for control groups.
@@ -21,8 +22,11 @@ import sys
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from spac.bench import record as records
 from spac.bench import report
+from spac.bench.prompt import load
 
 DRAFT: Final = "models/spac-demo-draft.gguf"
 PROFILES: Final = ("pi5-8g-nvme", "jetson-orin-nano-nvme", "laptop-16g-nvme")
@@ -56,6 +60,7 @@ def cell_table(folder: Path) -> str:
         "|---|---|---|" + "---|" * (len(names) + 5),
     ]
     gains, losses = [], []
+    each: dict[str, list[float]] = {name: [] for name in FIXED}
     for _, cell in found:
         groups = list(report.group(cell).values())
         runs = dict(zip(names, groups[0].values(), strict=False))
@@ -65,6 +70,8 @@ def cell_table(folder: Path) -> str:
         speed = {name: value[0] if value else math.nan for name, value in medians.items()}
         gains.append(speed[AUTOMATIC] / speed[NOTHING])
         losses.append(speed[AUTOMATIC] / max(speed[name] for name in FIXED))
+        for name, ratios in each.items():
+            ratios.append(speed[AUTOMATIC] / speed[name])
         equal = {report.equal_tokens(name, groups[0]) for name in groups[0]}
         lines.append(
             f"| {cell[0]['profile']['name']} | {cell[0]['prompts'][0]['kind']} | {len(report.usable(runs[AUTOMATIC]))} |"
@@ -73,7 +80,8 @@ def cell_table(folder: Path) -> str:
         )
     enough = sum(gain >= 1.2 for gain in gains)
     lines += ["", f"Against nothing foreseen: geometric mean {statistics.geometric_mean(gains):.2f}, lowest {min(gains):.2f}, 1.2 and more in {enough} of"
-              f" {len(gains)}. Against the best fixed setting of each cell: geometric mean {statistics.geometric_mean(losses):.2f}, lowest {min(losses):.2f}."]  # fmt: skip
+              f" {len(gains)}. Against the best fixed setting of each cell: geometric mean {statistics.geometric_mean(losses):.2f}, lowest {min(losses):.2f};"
+              f" against each of them in all cells: {'; '.join(f'{name}: {statistics.geometric_mean(ratios):.2f}' for name, ratios in each.items())}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -81,6 +89,49 @@ def both(runs: dict[str, list[records.Record]], figure: str, scale: float, digit
     """A counter of decoding for each token, without and with foresight."""
     values = [statistics.median(records.per_token(run, figure) or 0.0 for run in runs[name]) / scale for name in (NOTHING, AUTOMATIC)]
     return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def partings(folder: Path, model: Path) -> str:
+    """Where an answer parts from that with nothing foreseen: both tokens' logits, and what kernels' rounding makes of them.
+
+    The model's logits there are computed token by token, as the answer was, and in one batch: what these differ by is the noise.
+    """
+    import spac
+
+    lines = [
+        "## Where answers part\n",
+        "Logits of both tokens, computed token by token; *noise*: by how much logits there differ, at most, if computed in batches of 64. A near-tie: nearer than twice the noise.\n",
+        "| profile | prompts | contender | token | logits | apart by | noise | |", "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    llama = spac.Llama(model, memory="10G", paging="on", n_ctx=1024, n_ubatch=64, n_threads=2, verbose=False)
+
+    def logits(texts: list[list[int]]) -> np.ndarray:
+        llama.reset()
+        llama._ctx.kv_cache_clear()
+        for tokens in texts:
+            llama.eval(tokens)
+        return np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), (llama.n_vocab(),)).copy()
+
+    names = {text: name for name, text in contenders(Path("build/demo/learned.npz")).items()}
+    for cell in (records.read_folder(path.parent) for path in sorted(folder.glob("*/runs"))):
+        plain = {run["repeat"]: run["prompts"][0] for run in report.usable(cell) if "signals=none" in run["contender"]}
+        for run in report.usable(cell):
+            prompt, answer = plain[run["repeat"]], run["prompts"][0]["token_ids"]
+            at = next((i for i, (a, b) in enumerate(zip(prompt["token_ids"], answer, strict=False)) if a != b), None)
+            if at is None:
+                continue
+            text = next(p.text for p in load((prompt["kind"],)) if p.id == prompt["id"])
+            begin, before = llama.tokenize(text.encode()), prompt["token_ids"][:at]
+            assert len(begin) == prompt["prompt_tokens"]
+            alone, together = logits([begin, *([token] for token in before)]), logits([begin + before])
+            a, b = float(alone[prompt["token_ids"][at]]), float(alone[answer[at]])
+            noise = float(np.abs(alone - together).max())
+            lines.append(
+                f"| {run['profile']['name']} | {prompt['kind']}, {prompt['id']} | {names.get(run['contender'], run['contender'])} | {at + 1} | {a:.3f}, {b:.3f} | {abs(a - b):.3f} | {noise:.3f}"
+                f" | {'near-tie' if abs(a - b) <= 2 * noise else 'NO near-tie'} |"
+            )
+    llama.close()
+    return "\n".join(lines) + "\n" if len(lines) > 4 else "All answers are equal, token by token.\n"
 
 
 def main() -> None:
@@ -107,6 +158,8 @@ def main() -> None:
                 command += ["--contender", text]
             subprocess.run(command, check=True)
     text = cell_table(folder)
+    if options.report is not None and options.model is not None:
+        text += "\n" + partings(folder, options.model)
     (folder / "table.md").write_text(text)
     print(text)
 

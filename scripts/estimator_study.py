@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from spac.estimator import Reliability, TokenEstimator, load, save
+from spac.estimator.foresight import foresight
 
 HALF_LIFE_TOKENS = 16.0  # of the pager's score, spac/native/policy.h
 DECAY = 2.0 ** (-1 / HALF_LIFE_TOKENS)
@@ -228,7 +229,11 @@ class Report:
         self("| --- | " + "--- | " * (len(CAPACITIES) + 1))
         for name, row in table.items():
             policy, _, horizon = name.rpartition(" ")
-            share = "" if not horizon.isdigit() or policy == "perfect" else " / ".join(f"{x:.0%}" for x in captured(table, policy, int(horizon)))
+            share = (
+                ""
+                if not horizon.isdigit() or policy == "perfect"
+                else " / ".join(f"{x:.0%}" for x in captured(table, policy, int(horizon)))
+            )
             self(f"| {name} | " + " | ".join(f"{x:.3f}" for x in row) + f" | {share} |")
 
 
@@ -237,7 +242,9 @@ def study(trace: Trace, report: Report, limit: int | None, sections: set[str]) -
     half = len(np.unique(trace.seq)) // 2
     first, second = np.flatnonzero(trace.seq < half), np.flatnonzero(trace.seq >= half)
     held = second[:limit]
-    report(f"\n# {trace.name}: {len(trace.tokens)} tokens, {n_layers} × {trace.n_experts}, top-{k}; {len(held)} of {len(second)} held-back tokens")
+    report(
+        f"\n# {trace.name}: {len(trace.tokens)} tokens, {n_layers} × {trace.n_experts}, top-{k}; {len(held)} of {len(second)} held-back tokens"
+    )
 
     if "issue" in sections:
         table = replay(trace, np.arange(len(trace.tokens))[:limit], {"naive": NaiveTable(n_layers, trace.n_experts)}, after=True)
@@ -316,6 +323,14 @@ def cost(report: Report) -> None:
     report("| call | ms of CPU, median |\n| --- | --- |")
     for count in (1, 5, 9):
         report(f"| predict, {count} tokens | {milliseconds(lambda i, c=count: estimator.predict(tokens[i : i + c].tolist()))} |")
+    others = tokens[rng.integers(0, n, (210, 5))].tolist()
+
+    def cycle(i: int) -> None:
+        drafted = [[(token, 0.6), *((other, 0.06) for other in others[i + j])] for j, token in enumerate(tokens[i + 1 : i + 5].tolist())]
+        p = estimator.of_candidates([[(int(tokens[i]), 1.0)], *drafted])
+        foresight(p[0], p[1:])
+
+    report(f"| a decode: 1 token and 4 drafted ones, each with 5 others; what the pager is told | {milliseconds(cycle)} |")
     report(f"| learn, 1 token | {milliseconds(lambda i: estimator.learn(tokens[i : i + 1], routing[i : i + 1]))} |")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tables.npz"

@@ -4,7 +4,8 @@
     .venv/bin/python scripts/live_study.py cpu build/demo/spac-demo-1g.gguf --out docs/benchmarks/balancer-cpu.md
     .venv/bin/python scripts/live_study.py changes build/demo/spac-demo-1g.gguf --out docs/benchmarks/balancer-changes.md
 
-cpu: 2,000 tokens, of all kinds of prompts, inside each device profile, with the draft. CPU seconds are what stands in for energy.
+cpu: 2,000 tokens, of all kinds of prompts, inside each device profile, with the draft. CPU seconds and bytes read for each token are
+what stands in for energy.
 
 changes: a control group's read limit falls from 1 GB/s to 100 MB/s; its memory limit and the model's are cut by a third; prompts
 change from code to chat. Each twice, with plans as usual and with the first plan kept for good: what the change itself costs is in
@@ -90,8 +91,8 @@ def cpu(arguments: argparse.Namespace) -> list[str]:
         lines,
         "# The balancer's part of the processor", "",
         f"Written by `scripts/live_study.py cpu`: {TOKENS} tokens in each device profile, {arguments.memory} of {arguments.model.name} in memory, with",
-        "the draft. *cycle*: one decode with what belongs to it. CPU seconds are of the whole process, all threads, while decoding.", "",
-        "| profile | tokens/s | CPU s a token | plans | late | balancer's CPU | of all | CPU s a plan |", "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "the draft, in answers of at most 200 tokens. CPU seconds are of the whole process, all threads, while decoding; they and the bytes read stand in for energy.", "",
+        "| profile | tokens/s | CPU s a token | MB a token | plans | late | balancer's CPU | of all | CPU s a plan |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     )  # fmt: skip
     size = arguments.model.stat().st_size
     for name in arguments.profiles:
@@ -102,7 +103,7 @@ def cpu(arguments: argparse.Namespace) -> list[str]:
             read_iops=limit.read_iops, cores=limit.cores, cpu_share=limit.cpu_share,
         )  # fmt: skip
         share = got["balancer_s"] / got["cpu_s"]
-        show(lines, f"| `{name}` | {got['tokens'] / got['seconds']:.2f} | {got['cpu_s'] / got['tokens']:.4f} | {got['plans']} | {got['late']} |"
+        show(lines, f"| `{name}` | {got['tokens'] / got['seconds']:.2f} | {got['cpu_s'] / got['tokens']:.4f} | {got['bytes'] / got['tokens'] / 1e6:.1f} | {got['plans']} | {got['late']} |"
              f" {got['balancer_s']:.3f} s | {share:.3%} | {got['balancer_s'] / max(1, got['plans']):.4f} |")  # fmt: skip
     return lines
 
@@ -111,21 +112,27 @@ def cpu_worker(model: Path, memory_bytes: int) -> int:
     from spac.generate import Sampling, generate, tokenize
 
     llama, speculation = open_model(model, memory_bytes)
-    tokens, seconds, cpu_s = 0, 0.0, 0.0
+    tokens, seconds, cpu_s, n_bytes = 0, 0.0, 0.0, 0
     all_prompts = prompts.load(())
+
+    def used() -> tuple[float, int]:
+        return time.process_time(), llama.spac.stats().bytes_read
+
     for i in range(10_000):
         if tokens >= TOKENS:
             break
         text = all_prompts[i % len(all_prompts)].text
         result, pieces = generate(llama, tokenize(llama, text), Sampling(temperature=0.8, seed=i), min(200, TOKENS - tokens), speculation)
-        begun = None
+        begun: tuple[float, int] | None = None
         for _ in pieces:
-            begun = time.process_time() if begun is None else begun  # the prompt is behind it
-        cpu_s += time.process_time() - (begun or time.process_time())
+            begun = begun or used()  # the prompt is behind it
+        ended = used()
+        cpu_s += ended[0] - (begun or ended)[0]
+        n_bytes += ended[1] - (begun or ended)[1]
         tokens, seconds = tokens + result.completion_tokens, seconds + result.decode_s
     balancer = llama.spac.balancer()
     llama.close()  # ends the thread: its time is complete
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu_s": cpu_s, "plans": balancer.plans, "late": balancer.late,
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu_s": cpu_s, "bytes": n_bytes, "plans": balancer.plans, "late": balancer.late,
                       "balancer_s": balancer.cpu_s}))  # fmt: skip
     return 0
 
@@ -249,7 +256,11 @@ def change_worker(model: Path, memory_bytes: int, change: str, live: bool) -> in
     plans, after = balancer.plans, balancer.choice
 
     def words(choice: Any) -> str:
-        return f"{choice.drafted} drafted, {choice.verified} verified, {'read' if choice.depth else 'not read'} ahead" if choice else "none yet"
+        return (
+            f"{choice.drafted} drafted, {choice.verified} verified, {'read' if choice.depth else 'not read'} ahead"
+            if choice
+            else "none yet"
+        )
 
     print(json.dumps({"token_s": token_s, "misses": misses, "ids": ids, "at": at, "plans": plans, "steps": steps, "peak": peak, "limit": limit,
                       "before": words(before), "after": words(after)}))  # fmt: skip

@@ -108,10 +108,11 @@ class Foreseen:
         self.told: dict[str, Floats] = {name: np.zeros(shape, np.float32) for name in names}
         for told in self.told.values():
             told[:, 0, 0, 0] = -1
-        self.reliability = Reliability()
+        self.reliability = {"known": Reliability(), "drafted": Reliability()}
         self.by_horizon = {f"{name} {j}": SignalStats() for name in ("known", "draft") for j in range(5)}
-        self.by_layer = [SignalStats() for _ in range(trace.n_layers)]
-        self.by_kind: dict[str, SignalStats] = {}
+        self.by_layer = {name: [SignalStats() for _ in range(trace.n_layers)] for name in ("known", "draft")}
+        self.by_kind: dict[str, dict[str, SignalStats]] = {"known": {}, "draft": {}}
+        self.together = {(name, n): SignalStats() for name in ("known", "draft") for n in (2, 3)}  # decoded in one verification
         self.acceptance = Acceptance()
         self.accepted = np.zeros((2, max(HORIZONS)), np.int64)
         self.estimator = TokenEstimator(trace.n_layers, trace.n_experts, trace.n_used)
@@ -149,11 +150,9 @@ class Foreseen:
         perfect = np.zeros_like(known)
         np.put_along_axis(perfect, trace.ids[t:end].astype(np.int64), 1, 2)
         used = trace.ids[t].astype(np.int64)
-        self.reliability.add(known[0], used)
-        if self.study.kinds:
-            self.by_kind.setdefault(self.study.kinds[int(trace.seq[t])], SignalStats()).add(known[0], used)
-        for layer, stats in enumerate(self.by_layer):
-            stats.add(known[0, layer : layer + 1], used[layer : layer + 1])
+        self.reliability["known"].add(known[0], used)
+        self.count("known", t, known[0], used)
+        self.verify("known", t, end, known)
         for j in range(min(5, len(known))):
             self.by_horizon[f"known {j}"].add(known[j], trace.ids[t + j].astype(np.int64))
         at = t - self.first
@@ -173,11 +172,36 @@ class Foreseen:
         for h in HORIZONS:
             self.told[f"draft {h}"][at] = foresight(p[0], coming[:h])
         for j in range(min(4, len(coming), len(came))):
-            self.by_horizon[f"draft {j + 1}"].add(coming[j], trace.ids[t + 1 + j].astype(np.int64))
+            used = trace.ids[t + 1 + j].astype(np.int64)
+            self.by_horizon[f"draft {j + 1}"].add(coming[j], used)
+            self.reliability["drafted"].add(coming[j], used)
+            if j == 0:
+                self.count("draft", t + 1, coming[0], used)
+        self.verify("draft", t, end, np.concatenate([p[:1], coming]))
         right = True
         for j, guess in enumerate(proposal.tokens[: len(came)]):
             right = right and guess == came[j]
             self.accepted[:, j] += right, 1
+
+    def count(self, name: str, t: int, p: Floats, used: NDArray[np.int64]) -> None:
+        """By layer, and by kind of prompt."""
+        if self.study.kinds:
+            self.by_kind[name].setdefault(self.study.kinds[int(self.trace.seq[t])], SignalStats()).add(p, used)
+        for layer, stats in enumerate(self.by_layer[name]):
+            stats.add(p[layer : layer + 1], used[layer : layer + 1])
+
+    def verify(self, name: str, t: int, end: int, p: Floats) -> None:
+        """Experts of some tokens together, of those that really came: what a verification of right tokens uses."""
+        for n in (2, 3):
+            if min(len(p), end - t) >= n:
+                used = np.zeros(p[0].shape, bool)
+                for ids in self.trace.ids[t : t + n].astype(np.int64):
+                    np.put_along_axis(used, ids, True, 1)
+                predicted = 1 - np.prod(1 - p[:n], axis=0) >= 0.5
+                stats = self.together[name, n]
+                stats.predicted += int(predicted.sum())
+                stats.right += int((predicted & used).sum())
+                stats.used += int(used.sum())
 
     def misses(self) -> dict[str, list[float]]:
         """Misses for each routed expert over held-back tokens decoded one by one, by cache."""
@@ -223,15 +247,32 @@ def table(study: Study, say: list[str]) -> None:
     say += ["", "Precision and recall of experts with a probability of at least a half, by distance in tokens:", ""]
     say += ["| token | known: precision | recall | drafted: precision | recall |", "| --- | --- | --- | --- | --- |"]
     for j in range(5):
-        cells = [f"{x:.2f}" if x is not None else "" for n in ("known", "draft") for s in [found.by_horizon[f"{n} {j}"]] for x in (s.precision, s.recall)]
-        say.append(f"| {'decoded next' if j == 0 else f'+{j}'} | " + " | ".join(cells) + " |")
-    say += ["", "Recall of the token decoded next, by layer: " + ", ".join(f"{s.recall or 0:.2f}" for s in found.by_layer)]
-    if found.by_kind:
-        say += ["", "By kind of prompt (precision / recall): " + ", ".join(f"{k} {s.precision:.2f} / {s.recall:.2f}" for k, s in found.by_kind.items())]
+        say.append(f"| {'decoded next' if j == 0 else f'+{j}'} | {cells(found.by_horizon[f'known {j}'], found.by_horizon[f'draft {j}'])} |")
+    for n in (2, 3):
+        say.append(f"| next {n} in one verification | {cells(found.together['known', n], found.together['draft', n])} |")
+    say += ["", "By layer, and by kind of prompt: the token decoded next; drafted, the one after it.", ""]
+    say += ["| | next: precision | recall | drafted +1: precision | recall |", "| --- | --- | --- | --- | --- |"]
+    for layer, both in enumerate(zip(*found.by_layer.values(), strict=True)):
+        say.append(f"| layer {layer} | {cells(*both)} |")
+    for kind, known in found.by_kind["known"].items():
+        say.append(f"| {kind} | {cells(known, found.by_kind['draft'][kind])} |")
     if study.proposals is not None:
-        say += ["", "Drafted tokens all right up to the N-th: " + ", ".join(f"{x:.2f}" for x in found.accepted[0] / np.maximum(1, found.accepted[1]))]
-    say += ["", f"Reliability (calibration error {found.reliability.error():.4f}): predicted → real: "
-            + ", ".join(f"{b.predicted:.2f} → {b.real:.2f}" for b in found.reliability.bins()), ""]  # fmt: skip
+        say += [
+            "",
+            "Drafted tokens all right up to the N-th: "
+            + ", ".join(f"{x:.2f}" for x in found.accepted[0] / np.maximum(1, found.accepted[1])),
+        ]
+    for name, of in (("token decoded next", "known"), ("drafted tokens, their chance included", "drafted")):
+        reliability = found.reliability[of]
+        if reliability.bins():
+            say += ["", f"Reliability, {name} (calibration error {reliability.error():.4f}): predicted → real: "
+                    + ", ".join(f"{b.predicted:.2f} → {b.real:.2f}" for b in reliability.bins())]  # fmt: skip
+    say.append("")
+
+
+def cells(*stats: SignalStats) -> str:
+    """Precision and recall of each."""
+    return " | ".join(f"{x:.2f}" if x is not None else "" for s in stats for x in (s.precision, s.recall))
 
 
 def main() -> None:

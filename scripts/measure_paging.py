@@ -279,7 +279,7 @@ def main() -> None:
 def report(folder: Path) -> str:
     runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
     runs.sort(key=lambda r: (list(CELLS).index(cell_of(r)) if cell_of(r) in CELLS else -1, r["repeat"]))
-    return "\n".join([heading(runs), *models(runs, folder), "", *bounds(runs), "", *misses(runs)]) + "\n"
+    return "\n".join([heading(runs), *models(runs, folder), "", *bounds(runs, folder), "", *misses(runs)]) + "\n"
 
 
 def cell_of(run: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -295,7 +295,7 @@ def heading(runs: list[dict[str, Any]]) -> str:
             "# Paged runs, the time model and the bound\n",
             f"- model: {first['model']['name']}, {first['model']['bytes'] / 2**30:.2f} GiB; {PROMPT_TOKENS} prompt tokens, {len(first['tokens'])} decoded",
             f"- machine: {first['machine']['cpu']}, {first['machine']['allowed_cores']} cores; commit {first['commit']}; {times[0]} to {times[-1]}",
-            "- command: `.venv/bin/python scripts/measure_paging.py build/demo/4g.gguf --out docs/benchmarks/paging`, which says how; tables again: `--report`",
+            "- command: `.venv/bin/python scripts/measure_paging.py`, which says how; tables again: `--report`",
             *(f"- disturbed: {file_name(cell_of(run), run['repeat'])}, others had {run['others_share']:.0%} of the processors" for run in runs if run.get("others_share", 0) > DISTURBED),
             *([f"- **NOT LIMITED: {', '.join(loose)}**"] if loose else []),
         ]
@@ -359,7 +359,7 @@ def models(runs: list[dict[str, Any]], folder: Path) -> list[str]:
             continue
         compute, trace, ids = compute_of(runs, run["profile"], folder)
         bundle_bytes = max(trace.bundle_bytes)
-        replayed = replay(trace, run["budget_bytes"] // page_bytes(bundle_bytes))
+        replayed = replay(trace, slots_of(run, trace))
         reads = reads_of(run, runs, bundle_bytes // 3)
         predicted = predict(trace, replayed, compute, reads).tokens_per_s
         error = predicted / speed(run) - 1
@@ -372,17 +372,18 @@ def models(runs: list[dict[str, Any]], folder: Path) -> list[str]:
     return [*lines, "", f"Largest error: {max(errors, default=0):.1%}."]
 
 
-def page_bytes(bundle_bytes: int) -> int:
-    """Of a bundle in whole pages: three slices that share pages with their neighbours."""
-    return bundle_bytes + 3 * mmap.PAGESIZE
+def slots_of(run: dict[str, Any], trace: Trace) -> int:
+    """Bundles that a run had memory for, in whole pages: three slices that share pages with their neighbours."""
+    return int(run["budget_bytes"] // (max(trace.bundle_bytes) + 3 * mmap.PAGESIZE))
 
 
-def bounds(runs: list[dict[str, Any]]) -> list[str]:
+def bounds(runs: list[dict[str, Any]], folder: Path) -> list[str]:
     """Decoding as a share of max(resident compute time, the missed bytes in the bare reader's time)."""
     lines = [
         "## Share of the bound\n", "Bound: the longer of computing with everything in memory and of reading what the run missed, by the bare reader in the same run, six slices in flight.",
-        "*Touched*: a bare reader that touches every line of what it read, once, as whoever computes with it must. *Both in turn*: the sum of computing and of reading, touched, which is what remains where a layer's reads can begin only when its router has chosen.\n",
-        "| profile | memory | reads limited to | MB a token | ms a token | computing, ms | bare reading, ms | touched, ms | share of the bound | of the bound, touched | of both in turn |", "|---|---|---|---|---|---|---|---|---|---|---|",
+        "*Touched*: a bare reader that touches every line of what it read, once, as whoever computes with it must. *Both in turn*: the sum of computing and of reading, touched, which is what remains where a layer's reads can begin only when its router has chosen.",
+        "*Least MB a token*: what Belady's MIN, over the prompt and the answer, would have read for the answer in as many slots, bundles fetched on demand; *its bound*: the longer of computing and of that, at the bare reader's rate.\n",
+        "| profile | memory | reads limited to | MB a token | ms a token | computing, ms | bare reading, ms | touched, ms | share of the bound | of the bound, touched | of both in turn | least MB a token | its bound, ms |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     plain = {r["profile"]: statistics.fmean([row["wall_s"] for row in r["tokens"]]) for r in runs if r["kind"] == "reference" and r["memory"] == "plain"}
     for run in runs:
@@ -391,9 +392,12 @@ def bounds(runs: list[dict[str, Any]]) -> list[str]:
             wall, bare, touched = (sum(row[key] for row in run["tokens"]) / n for key in ("wall_s", "huge_s", "touched_s"))
             compute = plain[run["profile"]]
             n_bytes = sum(row["bytes_read"] for row in run["tokens"]) / n
+            _, trace, _ = compute_of(runs, run["profile"], folder)
+            least = int(replay(trace, slots_of(run, trace), "min", "global").missed[-n:].sum()) * max(trace.bundle_bytes) / n
             lines.append(
                 f"| {label(run)} | {n_bytes / 1e6:.1f} | {wall * 1e3:.1f} | {compute * 1e3:.1f} | {bare * 1e3:.1f} | {touched * 1e3:.1f}"
-                f" | {max(compute, bare) / wall:.1%} | {max(compute, touched) / wall:.1%} | {(compute + touched) / wall:.1%} |"
+                f" | {max(compute, bare) / wall:.1%} | {max(compute, touched) / wall:.1%} | {(compute + touched) / wall:.1%}"
+                f" | {least / 1e6:.1f} | {max(compute, bare * least / max(n_bytes, 1)) * 1e3:.1f} |"
             )
     return lines
 

@@ -6,7 +6,7 @@
     .venv/bin/python scripts/plan_study.py --report docs/benchmarks/plan        # the table again
     .venv/bin/python scripts/plan_study.py MODEL... --report docs/benchmarks/plan --predict-again   # and what is predicted, now
     .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 8.59       # docs/benchmarks/plan/time-model.md
-    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging/present --repack 4.87 --contention 200   # again/time-model.md
+    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging/present --repack 4.67 --contention 280   # again/time-model.md
 
 Each answer, to one of the benchmark's prompts of each kind, is a process of its own in a profile's limits, sampled with a penalty on
 repetition. Predicted as `spac plan` would: by the header, the limit, what `spac tune` measured and how fast the disk is now; just before the answer and
@@ -57,14 +57,9 @@ DISTURBED: Final = 0.1
 
 def penalising_sampler(llama: spac.Llama, seed: int) -> Any:
     """At temperature 0.8, with a penalty on what was sampled before."""
-    from spac.seam import internals
+    from spac.generate import Sampling, make_sampler
 
-    sampler = internals.LlamaSampler()
-    sampler.add_penalties(llama.n_vocab(), 64, REPEAT_PENALTY, 0.0, 0.0)
-    sampler.add_top_k(40)
-    sampler.add_temp(0.8)
-    sampler.add_dist(seed)
-    return sampler
+    return make_sampler(Sampling(top_p=1, min_p=0, seed=seed, repeat_penalty=REPEAT_PENALTY), llama)
 
 
 def run_worker(config: dict[str, Any]) -> None:
@@ -206,7 +201,9 @@ def report(folder: Path) -> str:
         if not answers:
             fits = found[0]["predicted"]["fits"]
             wrong += bool(every) or fits
-            lines.append(f"{label} {'runs' if every else 'does not fit'} | {'fits' if fits else 'does not fit'} | | {'WRONG' if every or fits else ''} | | | | | |")
+            lines.append(
+                f"{label} {'runs' if every else 'does not fit'} | {'fits' if fits else 'does not fit'} | | {'WRONG' if every or fits else ''} | | | | | |"
+            )
             continue
         wrong += len(every) - len(answers)
         rate = statistics.median(answer["tokens_per_s"] for answer, _ in answers)
@@ -224,7 +221,9 @@ def report(folder: Path) -> str:
             misses = f"{missed:.3f} / {statistics.median(p['miss_rate'] for _, p in answers):.3f}"
             run_bytes = statistics.median(answer["read_bytes_per_token"] for answer, _ in answers)
             n_bytes = f"{run_bytes / 1e6:.1f} / {statistics.median(p['read_bytes_per_token'] for _, p in answers) / 1e6:.1f}"
-        lines.append(f"{label} {rate:.2f} | {expected:.2f} | {low:.2f} to {high:.2f} | {expected / rate - 1:+.1%} | {earlier / rate - 1:+.1%} | {within} of {len(answers)} | {misses} | {n_bytes} | {others:.0%} |")
+        lines.append(
+            f"{label} {rate:.2f} | {expected:.2f} | {low:.2f} to {high:.2f} | {expected / rate - 1:+.1%} | {earlier / rate - 1:+.1%} | {within} of {len(answers)} | {misses} | {n_bytes} | {others:.0%} |"
+        )
     if errors:
         lines += [
             "", f"With limited reads, undisturbed: within {AIM:.0%} in {sum(e <= AIM for e in errors)} of {len(errors)} cells, largest error {max(errors):.1%};"
@@ -252,12 +251,27 @@ def time_model(folder: Path, repack_per_s: float, contention_s: float) -> str:
         bundle, n = max(trace.bundle_bytes), trace.n_layers * trace.n_used
         weights = bundle * 32 // 18  # Q4_0
         reads = paging.reads_of(run, runs, bundle // 3)
-        limits = cgroups.Limits(**{**run["limits"], "memory_bytes": None, "read_bytes_per_s": int(reads.limit_bytes_per_s) if reads.limit_bytes_per_s else None})
+        limits = cgroups.Limits(
+            **{**run["limits"], "memory_bytes": None, "read_bytes_per_s": int(reads.limit_bytes_per_s) if reads.limit_bytes_per_s else None}
+        )
         rows = tuple(ReadRow("direct", size, depth, *[size * depth / rate] * 3) for (size, depth), rate in reads.by_size_and_depth.items())
         # measured with the profile's processors: neither fewer cores nor a share is to be counted again
         limits = dataclasses.replace(limits, cores=None, cpu_share=None)
         threads = run["threads"]
-        device = Device("", threads, "", "", threads, rows, (ProductRow("Q4_0", 1, weights / compute.expert_token_s),), {"Q4_0": repack_per_s}, 1e-12, 5e-6, 1e12, contention_s=contention_s)
+        device = Device(
+            "",
+            threads,
+            "",
+            "",
+            threads,
+            rows,
+            (ProductRow("Q4_0", 1, weights / compute.expert_token_s),),
+            {"Q4_0": repack_per_s},
+            1e-12,
+            5e-6,
+            1e12,
+            contention_s=contention_s,
+        )
         layer = LayerWork(trace.n_experts, bundle, bundle, (("Q4_0", weights),))
         dense = max(0, int((compute.token_s - n * compute.expert_token_s) * weights / compute.expert_token_s))
         work = Work("", trace.n_used, trace.n_layers, (layer,) * trace.n_layers, (("Q4_0", dense),), 256)
@@ -267,7 +281,10 @@ def time_model(folder: Path, repack_per_s: float, contention_s: float) -> str:
         errors.append(abs(predicted / rate - 1))
         memory, read = paging.label(run).split(" | ")[1:]
         lines.append(f"| {run['profile']} | {memory} | {read} | {miss:.3f} | {rate:.2f} | {predicted:.2f} | {predicted / rate - 1:+.1%} |")
-    return "\n".join([*lines, "", f"Largest error: {max(errors):.1%}; {sum(e <= AIM for e in errors)} of {len(errors)} within {AIM:.0%}."]) + "\n"
+    return (
+        "\n".join([*lines, "", f"Largest error: {max(errors):.1%}; {sum(e <= AIM for e in errors)} of {len(errors)} within {AIM:.0%}."])
+        + "\n"
+    )
 
 
 def main() -> None:
@@ -310,7 +327,9 @@ def main() -> None:
                             continue
                         record = measure(model.resolve(), name, memory, repeat)
                         path.write_text(json.dumps(record, separators=(",", ":")) + "\n")
-                        said = record.get("error") or ", ".join(f"{answer['tokens_per_s']:.2f}" for answer in record["answers"]) + " tokens/s"
+                        said = (
+                            record.get("error") or ", ".join(f"{answer['tokens_per_s']:.2f}" for answer in record["answers"]) + " tokens/s"
+                        )
                         print(f"{path.name}: {said}, predicted {record['predicted']['decode_tokens_per_s']}", file=sys.stderr)
     elif options.predict_again:
         for path in (folder / "runs").glob("*.json"):

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -141,7 +142,7 @@ def record(tokens: int = TOKENS) -> Recorded:
         llama.eval(sequence)
         answer = Answer(prompt.kind, recorder.trace(), [], [], [])
         recorder.phase = "verify"
-        sampler, drafted = make_sampler(Sampling(seed=SEED)), []
+        sampler, drafted = make_sampler(Sampling(seed=SEED), llama), []
         for _ in range(tokens):
             token = int(sampler.sample(llama._ctx, -1 - len(drafted)))
             if upstream.llama_vocab_is_eog(llama._model.vocab, token):
@@ -249,7 +250,7 @@ class Timing:
         for width in range(1, max(VERIFIED) + 2):
             table = tables[width] = np.zeros((width * k + 1, width * k + 1))
             for used, missed in itertools.combinations_with_replacement(range(width * k + 1), 2):
-                compute = Compute(0.0, self.use_s(width * k / max(missed, 1)), slice_s)
+                compute = Compute(0.0, self.use_s(width * k / max(missed, 1)), slice_s, self.machine.contention_s(layer))
                 table[missed, used] = layer_s(missed, used, layer.bundle_bytes, compute, self.machine.reads())
         return tables
 
@@ -635,11 +636,11 @@ def measured(work: Work) -> device.Device:
     products: dict[tuple[str, int], float] = {}
     repack: dict[str, float] = {}
     reads: dict[int, device.ReadRow] = {}
-    op_s, wakeup_s, memory = [], [], []
+    op_s, wakeup_s, memory, contention_s = [], [], [], []
     size = BUNDLE_BYTES // PARTS // 4096 * 4096
     with device.readable(folder, device.SCRATCH_BYTES) as file:
         for _ in range(TURNS):
-            for name in sorted(work.types):
+            for name in work.main_types:
                 rows: list[device.ProductRow] = []
                 rates: dict[str, float] = {}
                 device.measure_type(name, WIDTHS, 2, rows, rates, 0.02)
@@ -648,13 +649,15 @@ def measured(work: Work) -> device.Device:
                 repack |= {k: max(v, repack.get(k, 0.0)) for k, v in rates.items()}
             for row in device.read_rows(file, "direct", [size], (1, 2, 4, 6), 0.02):
                 reads[row.depth] = min(row, reads.get(row.depth, row), key=lambda r: r.seconds)
+            beside = device.beside_reads(file, "direct", "Q4_0", 2, 0.1)
+            contention_s += [] if beside is None else [beside.contention_s]
             op_s.append(device.measure_op(2))
             wakeup_s.append(control.wakeup_measure(20))
             memory.append(control.bandwidth_measure(64 << 20, 2))
     return device.Device(
         **device.identity(folder), threads=2, reads=tuple(reads.values()), repack=repack, op_s=min(op_s), wakeup_s=min(wakeup_s),
         products=tuple(device.ProductRow(*key, rate) for key, rate in products.items()), memory_bytes_per_s=max(memory),
-        measured=time.strftime("%Y-%m-%d %H:%M:%S"),
+        contention_s=statistics.median(contention_s or [0.0]), measured=time.strftime("%Y-%m-%d %H:%M:%S"),
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def main() -> None:
         llama.reset()
         llama._ctx.kv_cache_clear()
         llama.eval(llama.tokenize(prompt.text.encode()))
-        made = penalising_sampler(llama, SEED) if "--penalty" in sys.argv else make_sampler(Sampling(0.8, 40, 0.95, 0.05, SEED))
+        made = penalising_sampler(llama, SEED) if "--penalty" in sys.argv else make_sampler(Sampling(0.8, 40, 0.95, 0.05, SEED), llama)
         with contextlib.closing(made) as sampler:
             for _ in range(TOKENS):
                 llama.eval([sampler.sample(llama._ctx, -1) if anew else llama.sample(temp=TEMPERATURE)])

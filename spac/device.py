@@ -1,6 +1,6 @@
 """What this machine gives: reads by size and depth, products by type and batch, waking a thread, memory bandwidth.
 
-`measure` takes half a minute (`spac tune`), `probe` a second or two and measures what one model needs. A measured device is
+`measure` takes half a minute to a minute (`spac tune`), `probe` about a second and measures what one model needs. A measured device is
 kept as JSON in the user's cache, by processor and disk, and says which build measured it. A file is never trusted.
 """
 
@@ -18,10 +18,10 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import spac
 from spac import cache
@@ -147,14 +147,21 @@ class Device:
         A type that was not measured is taken for the one with the nearest number of bits; one token is bound by memory, so there
         its bits count.
         """
-        measured = {row.type for row in self.products}
-        nearest = min(measured, key=lambda name: (name != type_name, abs(math.log(bits(name) / bits(type_name)))))
+        nearest = self._nearest(type_name)
         rows = sorted((row.n_tokens, row.weights_per_s) for row in self.products if row.type == nearest)
         if nearest != type_name:
             rows = [(n, rate * bits(nearest) / bits(type_name) if n == 1 else rate) for n, rate in rows]
         import numpy as np
 
         return float(np.exp(np.interp(math.log(max(n_tokens, 1)), [math.log(n) for n, _ in rows], [math.log(rate) for _, rate in rows])))
+
+    def rearranged_per_s(self, type_name: str) -> float | None:
+        """Weights that one thread rearranges in a second; None: the type, or the nearest one that was measured, stays as it is."""
+        return self.repack.get(self._nearest(type_name))
+
+    def _nearest(self, type_name: str) -> str:
+        measured = {row.type for row in self.products}
+        return min(measured, key=lambda name: (name != type_name, abs(math.log(bits(name) / bits(type_name)))))
 
 
 def bits(type_name: str) -> float:
@@ -206,13 +213,16 @@ def measure(path: Path, *, n_threads: int, progress: Callable[[str], None] | Non
     return Device(
         **identity(path), threads=n_threads, reads=tuple(row for store in stores for row in reads[store].rows()),
         products=tuple(products), repack=repack, op_s=measure_op(n_threads), wakeup_s=wakeup_s, visit_s=visit_s,
-        contention_s=beside[-1] if beside else 0.0, memory_bytes_per_s=control.bandwidth_measure(128 * MIB, n_threads),
+        contention_s=beside.contention_s if beside else 0.0, memory_bytes_per_s=control.bandwidth_measure(128 * MIB, n_threads),
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
 
 
-def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) -> Device:
-    """Measure, in a second or two, what a model needs that has weights of these types and reads so many bytes at a time.
+def probe(path: Path, *, types: Sequence[str], read_bytes: int, n_threads: int) -> Device:
+    """Measure, in about a second, what a model needs that has weights of these types and reads so many bytes at a time.
+
+    Args:
+        types: the commonest first; contention is measured with that.
 
     Raises:
         SpacError: nothing can be read or written at `path`.
@@ -227,18 +237,18 @@ def probe(path: Path, *, types: Iterable[str], read_bytes: int, n_threads: int) 
             try:
                 reads = read_rows(file, store, [size], (1, 3, 6), CELL_S / 2)
                 visit_s = measure_visit(file, store, n_threads, wakeup_s, CELL_S) or 0.0
-                beside = beside_reads(file, store, CONTENTION_TYPE, n_threads, CELL_S)
+                beside = beside_reads(file, store, types[0], n_threads, CELL_S / 2)
                 break
             except ModelFileError:
                 if store == STORES[-1]:
                     raise
-    products: list[ProductRow] = []
-    repack: dict[str, float] = {}
+    products = [ProductRow(types[0], 1, 1 / beside.weight_s)] if beside else []
+    repack = {types[0]: 1 / beside.repack_s} if beside and beside.repack_s else {}
     for name in dict.fromkeys(types):
-        measure_type(name, (1, 32), n_threads, products, repack, CELL_S / 4)
+        measure_type(name, (32,) if beside and name == types[0] else (1, 32), n_threads, products, repack, CELL_S / 4)
     return Device(
         **identity(path), threads=n_threads, reads=tuple(reads), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
-        wakeup_s=wakeup_s, visit_s=visit_s, contention_s=beside[-1] if beside else 0.0,
+        wakeup_s=wakeup_s, visit_s=visit_s, contention_s=beside.contention_s if beside else 0.0,
         memory_bytes_per_s=control.bandwidth_measure(64 * MIB, n_threads), quick=True,
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
@@ -271,12 +281,11 @@ def as_it_is_now(found: Device, file: Path, read_bytes: int, type_name: str) -> 
     measured = beside_reads(file, row.store, type_name, found.threads, NOW_S)
     if measured is None:
         return found
-    seconds, repack_s, contention_s = measured
-    faster = 1 / seconds / found.weights_per_s(type_name, 1)
+    faster = 1 / measured.weight_s / found.weights_per_s(type_name, 1)
     products = tuple(dataclasses.replace(row, weights_per_s=row.weights_per_s * faster) for row in found.products)
-    rearranging = 1 / repack_s / found.repack[type_name] if repack_s and type_name in found.repack else 1.0
+    rearranging = 1 / measured.repack_s / found.repack[type_name] if measured.repack_s and type_name in found.repack else 1.0
     repack = {name: rate * rearranging for name, rate in found.repack.items()}
-    return dataclasses.replace(found, products=products, repack=repack, contention_s=contention_s)
+    return dataclasses.replace(found, products=products, repack=repack, contention_s=measured.contention_s)
 
 
 def read_rows(file: Path, store: str, sizes: Sequence[int], depths: Sequence[int], cell_s: float) -> list[ReadRow]:
@@ -371,10 +380,17 @@ def measure_visit(file: Path, store: str, n_threads: int, wakeup_s: float, secon
     return max(0.0, statistics.median(found) - wakeup_s)
 
 
-def beside_reads(file: Path, store: str, type_name: str, n_threads: int, seconds: float) -> tuple[float, float, float] | None:
+class Beside(NamedTuple):
+    """Seconds for each weight of products with one token, and of rearranging it on one thread (0: it stays); `Device.contention_s`."""
+
+    weight_s: float
+    repack_s: float
+    contention_s: float
+
+
+def beside_reads(file: Path, store: str, type_name: str, n_threads: int, seconds: float) -> Beside | None:
     """Experts' products for so long, then in turn with and without reads of pieces for as long again.
 
-    Seconds for each weight of products with one token, of rearranging it on one thread (0: it stays), and `Device.contention_s`.
     None if the file is too small, or this build does not multiply the type.
 
     Raises:
@@ -394,7 +410,7 @@ def beside_reads(file: Path, store: str, type_name: str, n_threads: int, seconds
         )
     except OptionError:
         return None
-    return product_s / math.prod(shape), repack_s / math.prod(shape), contention_s
+    return Beside(product_s / math.prod(shape), repack_s / math.prod(shape), contention_s)
 
 
 def measure_type(

@@ -21,18 +21,23 @@ from spac.llama import Llama
 from spac.speculative import DraftStats, Speculation
 
 RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp draws one
+PENALTY_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The order is top-k, top-p, min-p, temperature, as in llama_cpp.Llama.
+    """How the next token is chosen. The order is penalties, grammar, top-k, top-p, min-p, temperature, as in llama_cpp.Llama.
 
     Attributes:
-        temperature: 0: always the most likely token, and the rest is ignored.
+        temperature: 0: always the most likely token that penalties and grammar leave; the rest is ignored.
         top_k: keep the k most likely; 0: all.
         top_p: keep the most likely with this much probability together; 1: all.
         min_p: keep those with at least this part of the most likely one's probability; 0: all.
         seed: of the random numbers; None: another one each time.
+        repeat_penalty: logits of the answer's last `PENALTY_TOKENS` tokens are divided by it, negative ones multiplied; 1: none.
+        frequency_penalty, presence_penalty: taken from their logits, for each time, and once; 0: none.
+        grammar: GBNF, of which the answer must be a sentence (grammars/README.md of llama.cpp), of characters that the vocabulary can
+            spell; None: any text.
     """
 
     temperature: float = 0.8
@@ -40,11 +45,20 @@ class Sampling:
     top_p: float = 0.95
     min_p: float = 0.05
     seed: int | None = None
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, most in (("top_p", self.top_p, 1), ("min_p", self.min_p, 1), ("temperature", self.temperature, 100)):
             if not 0 <= value <= most:
                 raise OptionError(f"{name} is {value}, expected 0 to {most}")
+        if not 0 < self.repeat_penalty <= 100:
+            raise OptionError(f"repeat_penalty is {self.repeat_penalty}, expected more than 0, to 100")
+        for name, value in (("frequency_penalty", self.frequency_penalty), ("presence_penalty", self.presence_penalty)):
+            if not -100 <= value <= 100:
+                raise OptionError(f"{name} is {value}, expected -100 to 100")
         if not 0 <= self.top_k < 1 << 31:
             raise OptionError(f"top_k is {self.top_k}, expected 0 to {(1 << 31) - 1}")
         if self.seed is not None and not 0 <= self.seed < RANDOM_SEED:
@@ -122,7 +136,7 @@ def generate(
 
     Raises (from the iterator):
         DecodeError: the prompt is empty or longer than the context.
-        OptionError: the draft cannot serve this model.
+        OptionError: the draft cannot serve this model, or it cannot follow the grammar.
         ExpertReadError, ModelChangedError, Cancelled: as `spac.Llama.eval`; the result holds what came before.
     """
     result = Generation(prompt_tokens=len(prompt))
@@ -137,18 +151,17 @@ def _stream(
     if len(prompt) >= llama.n_ctx():
         raise DecodeError(f"the prompt has {len(prompt)} tokens, the context {llama.n_ctx()}, and an answer needs room too; raise --ctx")
     speculation.check(llama)
-    begin = time.perf_counter()
-    result.reused_tokens = reuse_prefix(llama, prompt)
-    try:
-        llama.eval(prompt[result.reused_tokens :])
-    finally:
-        result.prefill_s = time.perf_counter() - begin
-    begin = time.perf_counter()
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    with (
-        contextlib.closing(make_sampler(sampling)) as sampler,
-        contextlib.closing(speculation.tokens(llama, prompt, sampler, max_tokens)) as tokens,
-    ):
+    with contextlib.ExitStack() as stack:
+        sampler = stack.enter_context(contextlib.closing(make_sampler(sampling, llama)))
+        begin = time.perf_counter()
+        result.reused_tokens = reuse_prefix(llama, prompt)
+        try:
+            llama.eval(prompt[result.reused_tokens :])
+        finally:
+            result.prefill_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        tokens = stack.enter_context(contextlib.closing(speculation.tokens(llama, prompt, sampler, max_tokens)))
         try:
             for token in tokens:
                 result.draft = speculation.stats if speculation.draft is not None or speculation.stats.given_back_bytes else None
@@ -190,9 +203,18 @@ def reuse_prefix(llama: Llama, prompt: Sequence[int]) -> int:
     return int(llama.n_tokens)
 
 
-def make_sampler(sampling: Sampling) -> Any:
-    """llama.cpp's sampler chain; to be closed."""
+def make_sampler(sampling: Sampling, llama: Llama) -> Any:
+    """llama.cpp's sampler chain, for this model; to be closed.
+
+    Raises:
+        OptionError: the grammar has an error, or the model no token that would end the answer.
+    """
     sampler: Any = internals.LlamaSampler()  # type: ignore[no-untyped-call]
+    penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+    if penalties != (1.0, 0.0, 0.0):
+        sampler.add_penalties(llama.n_vocab(), PENALTY_TOKENS, *penalties)
+    if sampling.grammar is not None:
+        upstream.llama_sampler_chain_add(sampler.sampler, _grammar_sampler(sampling.grammar, llama))
     if sampling.temperature == 0:
         sampler.add_greedy()
         return sampler
@@ -202,3 +224,14 @@ def make_sampler(sampling: Sampling) -> Any:
     sampler.add_temp(sampling.temperature)
     sampler.add_dist(RANDOM_SEED if sampling.seed is None else sampling.seed)
     return sampler
+
+
+def _grammar_sampler(grammar: str, llama: Llama) -> Any:
+    vocab = llama._model.vocab
+    if upstream.llama_vocab_eos(vocab) < 0 and upstream.llama_vocab_eot(vocab) < 0:
+        raise OptionError(f"{llama.model_path}: the model has no token that ends a text, so it cannot follow a grammar")
+    # of an empty one llama.cpp makes a sampler that allows everything
+    made = upstream.llama_sampler_init_grammar(vocab, grammar.encode(), b"root") if grammar.strip() else None
+    if not made:
+        raise OptionError("the grammar has an error, or no rule named root")
+    return made

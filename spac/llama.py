@@ -149,6 +149,18 @@ class Handle:
         """Drop every expert from memory, for measuring cold; returns how many slices that were."""
         return control.check(control.spac_model_evict_all(self.model_id)) if self.paged else 0
 
+    @contextlib.contextmanager
+    def recording(self, phase: str) -> Iterator[None]:
+        """What is decoded meanwhile is recorded as this phase, a name of `spac.trace.format.PHASES`."""
+        if self.recorder is None:
+            yield
+            return
+        before, self.recorder.phase = self.recorder.phase, phase
+        try:
+            yield
+        finally:
+            self.recorder.phase = before
+
     def cancel(self) -> None:
         """Stop the running decode, or the next one: it raises `Cancelled`. From any thread."""
         if self._context is not None:

@@ -136,7 +136,7 @@ def test_a_probe_reads_from_a_model(model_path: Path) -> None:
     before = model_path.stat().st_mtime_ns
     found = device.probe(model_path, types=["Q4_0", "Q8_0", "Q4_0"], read_bytes=100_000, n_threads=1)
     assert found.quick
-    assert {row.type for row in found.products} == {"Q4_0", "Q8_0"}
+    assert sorted((row.type, row.n_tokens) for row in found.products) == [(name, n) for name in ("Q4_0", "Q8_0") for n in (1, 32)]
     assert {row.size_bytes for row in found.reads} == {98304}
     assert model_path.stat().st_mtime_ns == before
 
@@ -150,7 +150,7 @@ def test_as_it_is_now(model_path: Path, monkeypatch: pytest.MonkeyPatch, slower:
     )
     visits = iter([0.003, None])
     monkeypatch.setattr(device, "measure_visit", lambda *_: next(visits))
-    beside = iter([(0.5e-10, 0.5e-9, 3e-10), None])
+    beside = iter([device.Beside(0.5e-10, 0.5e-9, 3e-10), None])
     monkeypatch.setattr(device, "beside_reads", lambda *_: next(beside))
     found = device.as_it_is_now(kept, model_path, 1_000_000, "Q4_0")
     assert found.reads[-1] == other
@@ -171,7 +171,7 @@ def test_what_computing_loses(store: str, tmp_path: Path) -> None:
     path.write_bytes(os.urandom(3 << 20))
     found = device.beside_reads(path, store, "Q6_K", 2, 0.02)
     assert found is not None
-    assert found[0] > 0
+    assert found.weight_s > 0
     assert min(found) >= 0
     path.write_bytes(bytes(1000))
     assert device.beside_reads(path, store, "Q6_K", 2, 0.02) is None

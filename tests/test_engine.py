@@ -138,6 +138,21 @@ def test_answers_do_not_change_and_fewer_experts_are_missed(model_path: Path, dr
     assert seen["all"] < 0.98 * seen["none"]
 
 
+@pytest.mark.parametrize("signal", ["tokens", "draft"])
+def test_each_signal_alone_changes_no_answer(model_path: Path, draft: ModelDraft, signal: str) -> None:
+    llama = load(model_path, signals=())
+    expected = answers(llama, None, n_prompts=1)
+    llama.close()
+    llama = load(model_path, signals=(signal,))
+    balancer = foresight_of(llama).balancer
+    balancer.close()
+    balancer.has_drafted, balancer.choice = True, Choice(drafted=HORIZON, depth=1)  # reads ahead, or "tokens" is not asked
+    assert answers(llama, Speculation(draft, 0, horizon=HORIZON), n_prompts=1) == expected
+    assert list(llama.spac.signals()) == [signal]
+    assert llama.spac.signals()[signal].used > 0
+    llama.close()
+
+
 def test_verified_tokens_teach_like_others(model_path: Path, draft: ModelDraft) -> None:
     llama = load(model_path)
     text = answers(llama, Speculation(draft, 2, horizon=2), n_prompts=1, n_tokens=60)

@@ -98,17 +98,19 @@ def heading(found: Sequence[Record]) -> str:
     ]
     if profile.get("name"):
         lines.append(f"- profile: {profile['name']}, {profile['title']}")
-    if first["bench_command"]:
-        lines.append(f"- command: `{first['bench_command']}`")
+    lines += [f"- command: `{command}`" for command in dict.fromkeys(record["bench_command"] for record in in_turn) if command]
     return "\n".join(lines) + "\n"
 
 
 def speed_table(groups: Groups) -> str:
     """Speed, bytes and memory."""
     header = [
-        "row", "contender", "tokens/s, median (min to max)", "× fastest stock", "prefill tokens/s", "load, s", "MB a token", "GB read",
-        "peak", "page cache", "limit for experts", "CPU s a token", "hits", "tokens equal", "runs", "remarks",
+        "row", "contender", "tokens/s, median (min to max)", "× fastest stock", "prefill tokens/s", "load, s", "MB a token",
+        "of it ahead / in vain", "GB read", "peak", "page cache", "limit for experts", "CPU s a token", "hits", "tokens equal", "runs",
+        "remarks",
     ]  # fmt: skip
+    has_energy = any("energy_j" in r.get("board", {}) for contenders in groups.values() for runs in contenders.values() for r in runs)
+    header += ["J, whole run"] * has_energy
     lines = [_line(header), "|" + "---|" * len(header)]
     for row_name, contenders in groups.items():
         base = baseline(contenders)
@@ -120,12 +122,14 @@ def speed_table(groups: Groups) -> str:
                 f"{own[0] / base:.2f}" if own and base else "",
                 _middle(median(runs, records.prefill_tokens_per_s), "{:.1f}"), _middle(median(runs, lambda r: r.get("load_s")), "{:.2f}"),
                 _middle(median(runs, records.bytes_per_token), "{:.1f}", 1e-6),
-                _middle(median(runs, lambda r: r.get("device_read_bytes")), "{:.2f}", 1e-9), _bytes(runs, "peak_bytes"),
+                _ahead(runs), _middle(median(runs, lambda r: r.get("device_read_bytes")), "{:.2f}", 1e-9), _bytes(runs, "peak_bytes"),
                 _bytes(runs, "page_cache_bytes"), _middle(median(runs, records.expert_share), "{:.1%}"),
                 _middle(median(runs, lambda r: records.per_token(r, "cpu_s")), "{:.3f}"),
                 _middle(median(runs, lambda r: r.get("expert", {}).get("hit_rate")), "{:.1%}"),
                 equal_tokens(name, contenders), str(len(usable(runs))), remark(runs),
             ]  # fmt: skip
+            if has_energy:
+                cells.append(_middle(median(runs, lambda r: r.get("board", {}).get("energy_j")), "{:.1f}"))
             lines.append(_line(cells))
     return "\n".join(lines) + "\n"
 
@@ -215,6 +219,12 @@ def _spread(found: tuple[float, float, float] | None) -> str:
 
 def _middle(found: tuple[float, float, float] | None, form: str, scale: float = 1.0) -> str:
     return form.format(found[0] * scale) if found else ""
+
+
+def _ahead(runs: Sequence[Record]) -> str:
+    """MB a token that were read before they were asked for, and of these what nobody asked for."""
+    ahead, vain = median(runs, lambda r: records.per_token(r, "ahead_bytes")), median(runs, lambda r: records.per_token(r, "wasted_bytes"))
+    return f"{_middle(ahead, '{:.1f}', 1e-6)} / {_middle(vain, '{:.1f}', 1e-6)}" if ahead and vain and ahead[0] else ""
 
 
 def _bytes(runs: Sequence[Record], key: str) -> str:

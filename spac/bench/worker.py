@@ -158,7 +158,7 @@ class Engine:
 
         self.llama.eval(prompt)
         with (
-            contextlib.closing(make_sampler(Sampling(temperature=0))) as sampler,
+            contextlib.closing(make_sampler(Sampling(temperature=0), self.llama)) as sampler,
             contextlib.closing(self.speculation.tokens(self.llama, prompt, sampler, self.config["tokens"] + 1)) as tokens,
         ):
             yield from itertools.islice(tokens, self.config["tokens"] + 1)

@@ -25,10 +25,16 @@ HELP = """\
 /bye            leave (also Ctrl-D)
 /clear          forget the conversation
 /stats          timings, and what paging did
-/set NAME VALUE change temp, top-k, top-p, min-p, seed, max-tokens or system; /set alone shows them
+/set NAME VALUE change temp, top-k, top-p, min-p, seed, a penalty, max-tokens or system; /set alone shows them
 /help           this list
 \"\"\"             begins and ends a message of several lines
 Ctrl-C          stops the answer"""
+
+# of /set: attributes of Sampling
+SETTINGS = {
+    "temp": "temperature", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "seed": "seed", "repeat-penalty": "repeat_penalty",
+    "frequency-penalty": "frequency_penalty", "presence-penalty": "presence_penalty",
+}  # fmt: skip
 
 
 def chat(
@@ -44,6 +50,10 @@ def chat(
     top_p: opt.TopP = 0.95,
     min_p: opt.MinP = 0.05,
     seed: opt.Seed = None,
+    repeat_penalty: opt.RepeatPenalty = 1.0,
+    frequency_penalty: opt.FrequencyPenalty = 0.0,
+    presence_penalty: opt.PresencePenalty = 0.0,
+    grammar: opt.Grammar = None,
     store: opt.StoreOption = "auto",
     paging: opt.PagingOption = opt.Paging.auto,
     repack: opt.Repack = True,
@@ -62,7 +72,7 @@ def chat(
     from spac.generate import Sampling
 
     with contextlib.closing(speculation), contextlib.closing(llama):
-        sampling = Sampling(temp, top_k, top_p, min_p, seed)
+        sampling = Sampling(temp, top_k, top_p, min_p, seed, repeat_penalty, frequency_penalty, presence_penalty, grammar)
         session = Session(llama, Conversation(llama, system), sampling, max_tokens, load_s, speculation, stats)
         while session.step():
             pass
@@ -221,19 +231,18 @@ class Session:
         """`/set`: show or change an option."""
         name, _, value = text.partition(" ")
         value = value.strip()
-        fields = {"temp": "temperature", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "seed": "seed"}
         try:
             if not name:
-                shown = {option: getattr(self.sampling, attribute) for option, attribute in fields.items()}
+                shown = {option: getattr(self.sampling, attribute) for option, attribute in SETTINGS.items()}
                 shown |= {"max-tokens": self.max_tokens, "system": self.conversation.system}
-                note("\n".join(f"{option:<11}{'-' if current is None else current}" for option, current in shown.items()))
+                note("\n".join(f"{option:<18}{'-' if current is None else current}" for option, current in shown.items()))
             elif name == "system":
                 self.conversation.system = value or None
             elif name == "max-tokens":
                 self.max_tokens = self._positive(value)
-            elif name in fields:
-                number: Any = float(value) if name in ("temp", "top-p", "min-p") else int(value)
-                self.sampling = dataclasses.replace(self.sampling, **{fields[name]: number})
+            elif name in SETTINGS:
+                number: Any = int(value) if name in ("top-k", "seed") else float(value)
+                self.sampling = dataclasses.replace(self.sampling, **{SETTINGS[name]: number})
             else:
                 note(f"{name} cannot be set; /help lists what can")
         except OptionError as e:

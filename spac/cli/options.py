@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from spac.cli import terminal
-from spac.errors import BudgetError, Cancelled
+from spac.errors import BudgetError, Cancelled, SpacError
 from spac.gguf.check import MAX_CTX
 from spac.host.memory import MIB, check_address_space, format_bytes, resident_bytes
 from spac.stats import SIGNALS
@@ -71,6 +72,13 @@ def _signals(text: str) -> tuple[str, ...]:
     return names
 
 
+def _grammar(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise SpacError(f"{file}: cannot read the grammar: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file; the first part of a split model.", show_default=False)]
 Memory = Annotated[str, typer.Option(metavar="SIZE", help="Limit of the whole process: 4G, 512M, 50%, or auto. K, M and G count in 1024s.")]
 Ctx = Annotated[int, typer.Option(min=0, max=MAX_CTX, metavar="TOKENS", help="Length of the context; 0: what the model was trained with.")]
@@ -90,6 +98,17 @@ TopK = Annotated[int, typer.Option(min=0, metavar="K", help="Choose among the K 
 TopP = Annotated[float, typer.Option(min=0, max=1, metavar="P", help="Choose among the most likely with probability P together.")]
 MinP = Annotated[float, typer.Option(min=0, max=1, metavar="P", help="Leave out what is less likely than P times the best.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 2, metavar="N", help="Of the random numbers; else drawn.", show_default=False)]
+RepeatPenalty = Annotated[
+    float, typer.Option(min=0.01, max=100, metavar="R", help="Tokens of the answer's last 64 get less likely by this factor; 1: none.")
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option(min=-100, max=100, metavar="F", help="The same, taken from their logits for each time they came.")
+]
+PresencePenalty = Annotated[float, typer.Option(min=-100, max=100, metavar="F", help="The same, taken once.")]
+Grammar = Annotated[
+    Any,
+    typer.Option(metavar="FILE", parser=_grammar, help="The answer must be a sentence of this grammar (GBNF).", show_default=False),
+]
 StoreOption = Annotated[
     str,
     typer.Option(
@@ -106,7 +125,7 @@ Draft = Annotated[
     str,
     typer.Option(
         metavar="MODEL|ngram|off|auto",
-        help="What guesses tokens ahead: a small GGUF of the same vocabulary, or the text so far; auto: off, for now.",
+        help="What guesses tokens ahead: a small GGUF of the same vocabulary, or the text so far; auto: off.",
     ),
 ]
 DraftMax = Annotated[

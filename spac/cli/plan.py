@@ -44,7 +44,12 @@ def plan(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="PROFILE", help="The device to stand in for (spac bench --list), or a .toml file; else this machine."),
+        typer.Option(
+            metavar="PROFILE",
+            help="The device to stand in for (spac bench --list), or a .toml file; what spac tune kept there, a .json"
+            " file; else this machine.",
+            show_default=False,
+        ),
     ] = None,
     ctx: opt.Ctx = 4096,
     ubatch: opt.Ubatch = None,
@@ -79,16 +84,18 @@ def ask(
     from spac.host.memory import auto_limit_bytes, parse_memory, resident_bytes
     from spac.plan.forecast import GROWTH_BYTES, Machine, Question, Work
 
-    limits = limits_of(profile, facts)
+    tuned = profile if profile is not None and profile.endswith(".json") else None
+    if tuned is not None and (memory is None or memory == "auto" or memory.endswith("%")):
+        raise OptionError(f"--device {tuned}: give --memory in bytes, too, as 4G: that device's is not in the file")
+    limits = limits_of(profile if tuned is None else None, facts)
     given = parse_memory(memory) if memory is not None else limits.memory_bytes
     work = Work.of(facts, (tensor for path in paths for tensor in read_gguf(path).tensors))
-    from spac.host.cores import physical_cores
     from spac.plan.sizes import measure_default_sizes
 
-    threads = min(limits.cores or sys.maxsize, physical_cores())
     n_ctx = ctx or facts.n_ctx_train or 4096
     base_bytes = resident_bytes() + GROWTH_BYTES  # as `spac run` has when it plans, and later
-    measured = find_device(paths[0] if facts.path == paths[0] else None, work)
+    measured = find_device(paths[0] if facts.path == paths[0] else None, work) if tuned is None else load_device(tuned)
+    threads = min(limits.cores or sys.maxsize, measured.threads)
 
     @functools.cache
     def measure(n_ubatch: int) -> Any:
@@ -117,6 +124,22 @@ def limits_of(profile: str | None, facts: ModelFacts) -> Limits:
         raise OptionError(f"--device: {e}") from None
 
 
+def load_device(path: str) -> Device:
+    """What `spac tune` kept, on another device.
+
+    Raises:
+        OptionError: it cannot be read.
+    """
+    from spac import device
+
+    try:
+        return device.parse(Path(path).read_bytes())
+    except OSError as e:
+        raise OptionError(f"--device: {path}: cannot read the device: {e.strerror}") from None
+    except ValueError as e:
+        raise OptionError(f"--device: {path}: damaged, or not what spac tune keeps: {e}") from None
+
+
 def find_device(model: str | None, work: Work) -> Device:
     """What was measured for the disk of a local model, its reads as they are now, or of the working directory; else a quick probe.
 
@@ -125,7 +148,6 @@ def find_device(model: str | None, work: Work) -> Device:
     """
     from spac import cache, device
     from spac.host.cores import physical_cores
-    from spac.plan.forecast import CANDIDATES, block_of
     from spac.trace.timing import PARTS
 
     place = Path.cwd() if model is None else Path(model)
@@ -142,11 +164,10 @@ def find_device(model: str | None, work: Work) -> Device:
         if not place.is_file() or place.stat().st_blocks * 512 < place.stat().st_size:  # a folder, or a header with a hole behind it
             return found
         return dataclasses.replace(
-            device.as_it_is_now(found, place, read_bytes, work.commonest_type), measured=f"{found.measured}, speed now"
+            device.as_it_is_now(found, place, read_bytes, work.main_types[0]), measured=f"{found.measured}, speed now"
         )
-    candidates = [name for name in CANDIDATES if work.columns and work.columns % block_of(name) == 0]
-    types = [*sorted(work.types), *candidates]
-    probe = functools.partial(device.probe, types=types, read_bytes=read_bytes, n_threads=physical_cores())
+    # other types are taken for the nearest of these
+    probe = functools.partial(device.probe, types=work.main_types, read_bytes=read_bytes, n_threads=physical_cores())
     try:
         return probe(place)
     except SpacError:

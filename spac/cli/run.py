@@ -38,6 +38,10 @@ def run(
     top_p: opt.TopP = 0.95,
     min_p: opt.MinP = 0.05,
     seed: opt.Seed = None,
+    repeat_penalty: opt.RepeatPenalty = 1.0,
+    frequency_penalty: opt.FrequencyPenalty = 0.0,
+    presence_penalty: opt.PresencePenalty = 0.0,
+    grammar: opt.Grammar = None,
     store: opt.StoreOption = "auto",
     paging: opt.PagingOption = opt.Paging.auto,
     repack: opt.Repack = True,
@@ -61,7 +65,7 @@ def run(
     llama, speculation, load_s = opt.load_with_draft(options, opt.DraftOptions(draft, draft_max, horizon))
     from spac.generate import Sampling, generate, tokenize
 
-    sampling = Sampling(temp, top_k, top_p, min_p, seed)
+    sampling = Sampling(temp, top_k, top_p, min_p, seed, repeat_penalty, frequency_penalty, presence_penalty, grammar)
     tokens = tokenize(llama, text)
     generation, pieces = generate(llama, tokens, sampling, max_tokens, speculation)
     with terminal.Interrupts(llama.spac.cancel, speculation.cancel) as interrupts:

@@ -33,7 +33,7 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile itself.")] = False,
     debug: opt.Debug = False,
 ) -> int:
-    """Measure this machine's disk, processor and memory, in under a minute, and keep it."""
+    """Measure this machine's disk, processor and memory, in half a minute to a minute, and keep it."""
     from spac import device
     from spac.host.cores import physical_cores
 

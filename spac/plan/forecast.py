@@ -106,17 +106,12 @@ class Work:
         return sum(layer.n_experts for layer in self.layers)
 
     @property
-    def types(self) -> set[str]:
-        """Of all matrices."""
-        return {name for name, _ in self.dense} | {name for layer in self.layers for name, _ in layer.weights}
-
-    @property
-    def commonest_type(self) -> str:
-        """Of most weights that a token is multiplied with."""
+    def main_types(self) -> list[str]:
+        """Each of a twentieth at least of the weights that a token is multiplied with; the commonest first."""
         used: Counter[str] = Counter(dict(self.dense))
         for layer in self.layers:
             used.update({name: n * self.n_used for name, n in layer.weights})
-        return max(used, key=lambda name: used[name])
+        return [name for name, n in used.most_common() if 20 * n >= used.total()]
 
     def quantised(self, type_name: str) -> Work:
         """The same model with experts and other matrices of this type."""
@@ -175,9 +170,8 @@ class Machine:
 
     def repack_s(self, layer: LayerWork) -> float:
         """Rearranging a slice, while the other reading threads rearrange theirs."""
-        rates = self.device.repack
         cores = min(self.limits.cores or self.device.cores, READS_IN_FLIGHT)
-        repacking = sum(n / rates[name] for name, n in layer.weights if name in rates) / PARTS
+        repacking = sum(n / rate for name, n in layer.weights if (rate := self.device.rearranged_per_s(name)) is not None) / PARTS
         return repacking * READS_IN_FLIGHT / cores / (self.limits.cpu_share or 1.0)
 
     def slice_s(self, layer: LayerWork) -> float:

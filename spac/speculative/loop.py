@@ -13,10 +13,12 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from llama_cpp.llama_speculative import LlamaDraftModel
+
 from spac.errors import OptionError
 from spac.host.memory import format_bytes
 from spac.llama import Llama
-from spac.speculative.draft import Acceptance, Draft, ModelDraft, Proposal, check_vocabulary
+from spac.speculative.draft import Acceptance, Draft, ForeignDraft, ModelDraft, Proposal, check_vocabulary
 from spac.speculative.draft_length import DraftLength, FixedLength, Length
 
 _log = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class Speculation:
     """Drafts for one target model and learns how good they are. Lasts as long as the target, over many answers.
 
     Args:
-        draft: what proposes tokens; None: nothing does. Closed by `close()`.
+        draft: what proposes tokens, one of llama-cpp-python's, too; None: nothing does. Closed by `close()`.
         draft_max: how many drafted tokens to verify in a cycle, at most 64; "auto": what pays.
         horizon: how many tokens to draft for the pager's sake, even where fewer are verified; "auto": what pays.
 
@@ -66,7 +68,7 @@ class Speculation:
 
     def __init__(
         self,
-        draft: Draft | None = None,
+        draft: Draft | LlamaDraftModel | None = None,
         draft_max: int | Literal["auto"] = "auto",
         *,
         horizon: int | Literal["auto"] = "auto",
@@ -75,7 +77,7 @@ class Speculation:
             raise OptionError(f"draft_max is {draft_max!r}, expected 0 to {MOST_VERIFIED}, or auto")
         if horizon != "auto" and not (isinstance(horizon, int) and 0 <= horizon <= MOST_SENSED):
             raise OptionError(f"horizon is {horizon!r}, expected 0 to {MOST_SENSED}, or auto")
-        self.draft = draft
+        self.draft = draft if draft is None or isinstance(draft, Draft) else ForeignDraft(draft)
         self.acceptance = Acceptance()
         self.stats = DraftStats()
         self._length: Length = DraftLength() if draft_max == "auto" else FixedLength(draft_max)
@@ -185,7 +187,8 @@ class Speculation:
             drafted = []
         begin = time.perf_counter()
         if drafted:
-            llama.eval_all([*missing, *drafted])
+            with llama.spac.recording("verify"):
+                llama.eval_all([*missing, *drafted])
             llama.n_tokens -= len(drafted)
             self.stats.proposed += len(drafted)
             self.stats.verifications += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -50,6 +51,20 @@ def feed(balancer: LiveBalancer, decode: Decode, n: int, chance: float = 0.5, dr
     for _ in range(n):
         balancer.drafted([chance**i for i in range(1, 5)], [min(1.0, 1.5 * chance) ** i for i in range(1, 5)], 4 * draft_s)
         balancer.decoded(decode)
+
+
+def test_it_plans_at_the_lowest_priority() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def solve(state: State) -> Plan:
+        seen.append((threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        return greedy(state)
+
+    with contextlib.closing(LiveBalancer(MODEL, solve)) as balancer:
+        feed(balancer, WAITING, live.FIRST_PLAN)
+        planned(balancer, 1)
+    assert seen[0][0] != threading.get_native_id()
+    assert seen[0][1] == 19
 
 
 def test_it_plans_once_and_not_again_while_nothing_changes(balancer: LiveBalancer) -> None:

@@ -86,6 +86,7 @@ KINDS = {
     "unequal bundles": {"sizes": (3 * KIB, 6 * KIB, 15 * KIB)},
     "draft with experts": {"draft": True},
     "fast tier": {"sizes": (3 * KIB, 6 * KIB), "fast": True},
+    "fast tier, draft with experts": {"sizes": (3 * KIB, 3 * KIB), "draft": True, "fast": True},
 }
 
 

@@ -80,6 +80,10 @@ def test_limits_are_enforced_and_recorded(bench: Bench, tmp_path: Path) -> None:
     assert record["not_enforced"] == {}
     assert record["limits"]["memory_bytes"] == 150 << 20
     assert 0 < record["peak_bytes"] <= 150 << 20
+    assert record["expert"]["bytes_read"] > 0
+    if record["device_read_bytes"] is not None:
+        assert record["device_read_bytes"] >= record["expert"]["bytes_read"]
+    assert not any("came from a cache" in warning or "exceeds the limit" in warning for warning in record["warnings"])
 
 
 def test_without_permission_it_says_so_and_runs_unlimited(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

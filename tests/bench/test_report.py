@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spac.bench import loadgen, plots, record, report
+from spac.bench import loadgen, plots, record, report, runner
 from spac.bench.latency import percentile, summarise
+from spac.bench.prompt import Prompt
 from spac.errors import OptionError, SpacError
 
 Record = dict[str, Any]
@@ -41,7 +44,7 @@ SPAC = [make("spac", [s] * 4, repeat=i, ids=[1, 2, 3, 4, 5], expert={"hit_rate":
 
 def cells(table: str, contender: str) -> dict[str, str]:
     """A contender's line of the first table."""
-    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in table.splitlines() if line.startswith("|")]
     for line in lines[2:]:
         if line[1] == contender:
             return dict(zip(lines[0], line, strict=False))
@@ -58,6 +61,41 @@ def test_share_of_the_limit_that_experts_have() -> None:
     table = report.markdown(runs)
     assert [cells(table, name)["limit for experts"] for name in ("spac", "bigmoe", "stock:mmap")] == ["75.0%", "25.0%", ""]
     assert record.expert_share(runs[0] | {"limits": {"memory_bytes": None}}) is None
+
+
+def test_energy_where_it_can_be_read() -> None:
+    assert "J, whole run" not in cells(report.markdown(SPAC), "spac")
+    runs = [make("spac", [1.0], board={"energy_source": "RAPL, packages", "energy_j": 12.5}), make("stock:mmap", [1.0])]
+    table = report.markdown(runs)
+    assert [cells(table, name)["J, whole run"] for name in ("spac", "stock:mmap")] == ["12.5", ""]
+    assert "- energy: RAPL, packages" in table
+
+
+def test_all_commands_are_named() -> None:
+    table = report.markdown(
+        [make("spac", [1.0], bench_command=c, time=t) for t, c in (("2", "spac bench b"), ("1", "spac bench a"), ("3", "spac bench b"))]
+    )
+    assert [line for line in table.splitlines() if line.startswith("- command")] == [
+        "- command: `spac bench a`",
+        "- command: `spac bench b`",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"expert": {"bytes_read": 3_000_000_000}}, "reads came from a cache"),
+        ({"process_read_bytes": 1_000_000_000}, "others read 1.00 GB from the disk meanwhile"),
+        ({"locked_bytes": 1 << 29}, "only 536870912 bytes are locked"),
+        ({"cached_before_bytes": 1 << 28}, "not cold"),
+        ({"peak_bytes": (1 << 29) + (1 << 20)}, "exceeds the limit"),
+        ({"peak_bytes": 1 << 30, "not_enforced": {"memory_bytes": "no groups"}}, ""),
+        ({}, ""),
+    ],
+)
+def test_what_makes_a_record_doubtful(changed: Record, word: str) -> None:
+    found = runner.warnings(make("spac", [1.0], **changed))
+    assert found == [] if not word else len(found) == 1 and word in found[0]
 
 
 def test_percentiles_are_loadgens() -> None:
@@ -164,7 +202,11 @@ def test_plots(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("stock:mmap,repack=off,tokens=4", "stock:mmap,repack=off"), ("ik_llama:tokens=8", "ik_llama"), ("spac:tokens=3,store=mmap", "spac:store=mmap")],
+    [
+        ("stock:mmap,repack=off,tokens=4", "stock:mmap,repack=off"),
+        ("ik_llama:tokens=8", "ik_llama"),
+        ("spac:tokens=3,store=mmap", "spac:store=mmap"),
+    ],
 )
 def test_a_contenders_short_name(name: str, expected: str) -> None:
     assert plots.short(name) == expected
@@ -190,6 +232,24 @@ def test_a_record_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(SpacError, match=r"x\.json: cannot be written: No space left"):
         record.write(tmp_path / "x.json", {}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_loadgen_asks_and_both_clocks_agree(tmp_path: Path) -> None:
+    pytest.importorskip("mlperf_loadgen")
+
+    class Engine:
+        def tokenize(self, prompt: Prompt) -> list[int]:
+            return [1]
+
+        def tokens(self, prompt: list[int]) -> Iterator[int]:
+            for token in range(3):
+                time.sleep(0.004)
+                yield token
+
+    found = loadgen.drive(Engine(), [Prompt("chat", "1", "x")], tmp_path)  # type: ignore[arg-type]
+    assert found["queries"] == loadgen.QUERIES
+    assert 0.012 <= found["own_s"]["p50"] < 1
+    assert found["p50_difference"] < 0.5
 
 
 def test_loadgens_summary() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from tests.ranges import serve
 
 Cli = Callable[..., Result]
 KEYS = ["fits", "decode_tokens_per_s", "decode_interval", "prefill_tokens_per_s", "ttft_s", "budget", "curve"]
-PAGED = "75M"  # the demo model does not fit whole into this
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,25 @@ def test_one_object_with_exactly_these_keys(cli: Cli, model_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("measured")
+def test_another_device_by_what_tune_kept_there(cli: Cli, model_path: Path, tmp_path: Path) -> None:
+    """A slower disk is a slower plan."""
+    speeds, limit = [], limit_of(cli, model_path, 8 << 20)
+    for name, rate in (("fast", 2e9), ("slow", 1e8)):
+        kept = tmp_path / f"{name}.json"
+        reads = tuple(dataclasses.replace(row, seconds=row.size_bytes * row.depth / rate) for row in make_device().reads)
+        device.save(make_device(reads=reads), kept)
+        speeds.append(
+            json.loads(cli("plan", model_path, "--memory", limit, "--ubatch", "512", "--device", kept, "--json").out)["decode_tokens_per_s"]
+        )
+    assert speeds[0] > 2 * speeds[1]
+    assert "give --memory in bytes" in cli("plan", model_path, "--device", kept).line
+    assert "give --memory in bytes" in cli("plan", model_path, "--memory", "50%", "--device", kept).line
+    assert "cannot read the device: No such file" in cli("plan", model_path, "--memory", "1G", "--device", "none.json").line
+    kept.write_text("{}")
+    assert "not what spac tune keeps" in cli("plan", model_path, "--memory", "1G", "--device", kept).line
+
+
+@pytest.mark.usefixtures("measured")
 def test_a_model_that_does_not_fit(cli: Cli, model_path: Path) -> None:
     result = cli("plan", model_path, "--memory", "20M", "--json")
     assert (result.code, result.err) == (0, "")
@@ -73,7 +92,16 @@ def test_a_model_that_does_not_fit(cli: Cli, model_path: Path) -> None:
 @pytest.mark.usefixtures("measured")
 def test_tables_for_people(cli: Cli, model_path: Path) -> None:
     out = cli("plan", model_path, "--memory", limit_of(cli, model_path, 8 << 20), "--ubatch", "512").out
-    for words in ("of the experts in memory", "tokens/s (", "first token after", "dense weights", "Python and libraries", "← this memory", "Q8_0", "← pick"):
+    for words in (
+        "of the experts in memory",
+        "tokens/s (",
+        "first token after",
+        "dense weights",
+        "Python and libraries",
+        "← this memory",
+        "Q8_0",
+        "← pick",
+    ):
         assert words in out
     assert "yes, whole" in cli("plan", model_path, "--memory", "8G").out
 
@@ -181,7 +209,9 @@ def test_what_is_measured_is_kept_and_shown(cli: Cli, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(("content", "reason"), [("{", "damaged"), (None, "another build of spac")])
-def test_an_unusable_profile_is_measured_again(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, reason: str) -> None:
+def test_an_unusable_profile_is_measured_again(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, reason: str
+) -> None:
     kept = device.path_of(tmp_path)
     device.save(make_device(), kept)
     if content is not None:

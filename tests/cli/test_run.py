@@ -108,6 +108,19 @@ def test_a_seed_repeats_an_answer(cli: Cli, model_path: Path) -> None:
     assert first == second != other
 
 
+def test_a_grammar_and_penalties(cli: Cli, model_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "yes-or-no.gbnf"
+    file.write_text('root ::= "yes" | "no"')
+    assert cli("run", model_path, "-p", PROMPT, *GREEDY, "--grammar", file).out in ("yes\n", "no\n")
+    file.write_text("root ::= (")
+    assert "the grammar has an error" in cli("run", model_path, "-p", PROMPT, *GREEDY, "--grammar", file).err.splitlines()[-1]
+    assert "cannot read the grammar: No such file" in cli("run", model_path, "-p", PROMPT, *GREEDY, "--grammar", tmp_path / "none").line
+    plain = cli("run", model_path, "-p", PROMPT, *GREEDY, "-n", "40").out
+    assert cli("run", model_path, "-p", PROMPT, *GREEDY, "-n", "40", "--repeat-penalty", "1.5").out != plain
+    file.write_text(" ")
+    assert "the grammar has an error" in cli("run", model_path, "-p", PROMPT, *GREEDY, "--grammar", file).line
+
+
 def test_a_dense_model_runs(cli: Cli, dense_path: Path) -> None:
     report = json.loads(cli("run", dense_path, "-p", PROMPT, *GREEDY, "--json").out)
     assert report["paging"] == "off"
@@ -216,7 +229,10 @@ def test_direct_reads_refused(cli: Cli, model_path: Path) -> None:
         except OSError:
             assert fallen_back["expert"]["store"] == "buffered"
             assert "refuses direct I/O" in cli("run", path, "-p", PROMPT, *GREEDY, "--paging", "on", "--store", "direct").line
-        assert fallen_back["token_ids"] == json.loads(cli("run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on", "--json").out)["token_ids"]
+        assert (
+            fallen_back["token_ids"]
+            == json.loads(cli("run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on", "--json").out)["token_ids"]
+        )
     finally:
         path.unlink()
 

@@ -36,9 +36,34 @@ def test_a_trace_is_shown(cli: Cli, trace_path: Path) -> None:
         assert word in text
 
 
+def test_verified_tokens_are_marked(cli: Cli, model_path: Path, dense_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    options = (
+        "-p",
+        "The open() system call",
+        "--temp",
+        "0",
+        "-n",
+        "12",
+        "--ctx",
+        "512",
+        "--draft",
+        dense_path,
+        "--draft-max",
+        "2",
+        "--json",
+    )
+    draft = json.loads(cli("run", model_path, *options, "--trace", path).out)["draft"]
+    phases = json.loads(cli("trace", path, "--json").out)["phases"]
+    assert phases["verify"] > draft["proposed"] > 0  # each verification holds a token that is known, too
+    assert phases["draft"] == 0  # the draft has experts of its own, or none
+
+
 def test_a_replay_prints_one_object(cli: Cli, trace_path: Path) -> None:
     report = json.loads(cli("simulate", trace_path, "--cache", "25%", "--cache", "200,50%", "--policy", "default,lru,min", "--json").out)
-    assert [(r["cache"], r["policy"]) for r in report["results"]] == [(c, p) for c in ("25%", "200", "50%") for p in ("default", "lru", "min")]
+    assert [(r["cache"], r["policy"]) for r in report["results"]] == [
+        (c, p) for c in ("25%", "200", "50%") for p in ("default", "lru", "min")
+    ]
     for result in report["results"]:
         assert result["requests"] == result["hits"] + result["misses"] > 0
         assert result["bytes"] == result["misses"] * 110592
@@ -90,7 +115,15 @@ def test_files_that_are_no_traces(cli: Cli, tmp_path: Path, command: str, name: 
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--policy", "magic"), ("--cache", "none"), ("--cache", "0"), ("--bundle-bytes", "huge"), ("--reads", "/nowhere"), ("--requests", "odd")]
+    "arguments",
+    [
+        ("--policy", "magic"),
+        ("--cache", "none"),
+        ("--cache", "0"),
+        ("--bundle-bytes", "huge"),
+        ("--reads", "/nowhere"),
+        ("--requests", "odd"),
+    ],
 )
 def test_options_without_meaning(cli: Cli, trace_path: Path, arguments: tuple[str, ...]) -> None:
     """Among them: the one request is even, so none is odd."""

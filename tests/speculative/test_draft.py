@@ -76,12 +76,13 @@ def test_a_full_draft_context_ends_proposals(draft: ModelDraft, tokens: list[int
     assert draft.propose((tokens * 20)[:257], 9) == Proposal([], [])
 
 
-def test_it_serves_llama_cpp(draft: ModelDraft, model_path: Path) -> None:
-    """As `draft_model` of the stock class: the text is that without it."""
+@pytest.mark.parametrize("of", [llama_cpp.Llama, spac.Llama])
+def test_it_serves_llama_cpp(draft: ModelDraft, model_path: Path, of: type[llama_cpp.Llama]) -> None:
+    """As `draft_model` of the stock class, and of ours: the text is that without it."""
     options: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "verbose": False, "flash_attn": True}
     texts = []
     for model in (None, draft, NgramDraft()):
-        llama = llama_cpp.Llama(str(model_path), draft_model=model, **options)
+        llama = of(str(model_path), draft_model=model, **options)
         texts.append(llama(TEXT.decode(), max_tokens=16, temperature=0)["choices"][0]["text"])
         llama.close()
     assert texts[0] == texts[1] == texts[2] != ""

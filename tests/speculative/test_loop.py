@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ import llama_cpp.llama_cpp as upstream
 import numpy as np
 import pytest
 from llama_cpp import LlamaGrammar
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 import spac
 from spac import control
@@ -166,6 +168,7 @@ def chain(llama: spac.Llama, kind: str) -> Any:
     if kind == "grammar":
         sampler.add_grammar(llama._model, LlamaGrammar.from_string("root ::= ([a-z]+ | [ .,])+", verbose=False))
     sampler.add_top_k(20)
+    sampler.add_top_p(0.95, 1)
     sampler.add_min_p(0.02, 1)
     sampler.add_temp(0.9)
     sampler.add_dist(7)
@@ -182,6 +185,44 @@ def test_samplers_with_memory(llama: spac.Llama, draft: ModelDraft, kind: str) -
         with contextlib.closing(chain(llama, kind)) as sampler:
             answers.append(list(islice((speculation or Speculation()).tokens(llama, prompt, sampler), 20)))
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_penalties_and_a_grammar_as_options(llama: spac.Llama, draft: ModelDraft) -> None:
+    """Greedy too, and where tokens are verified."""
+    prompt = tokenize(llama)
+    plain = answer(llama, prompt, 24, None).text
+    for sampling in (
+        Sampling(temperature=0, repeat_penalty=1.3, frequency_penalty=0.1, presence_penalty=0.1),
+        Sampling(temperature=0, grammar='root ::= ("a" | "b" | "c") [a-z]+ "!"'),
+        Sampling(temperature=0.9, seed=3, repeat_penalty=1.2, grammar="root ::= [a-z ]+"),
+    ):
+        for speculation in (None, Speculation(draft, 3)):
+            text = answer(llama, prompt, 24, speculation, sampling).text
+            assert text != plain
+            if sampling.grammar is not None:
+                assert re.fullmatch(r"[a-c][a-z]*!?" if "!" in sampling.grammar else "[a-z ]+", text)
+    ended = answer(llama, prompt, 24, None, Sampling(grammar='root ::= "yes" | "no"'))
+    assert (ended.text, ended.finish) in (("yes", "stop"), ("no", "stop"))
+    with pytest.raises(spac.OptionError, match="the grammar has an error, or no rule named root"):
+        answer(llama, prompt, 24, None, Sampling(grammar="root :="))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("repeat_penalty", 0), ("repeat_penalty", float("nan")), ("presence_penalty", 101), ("frequency_penalty", -101)]
+)
+def test_penalties_without_meaning(name: str, value: float) -> None:
+    with pytest.raises(spac.OptionError, match=f"{name} is"):
+        Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_draft_of_llama_cpps(llama: spac.Llama) -> None:
+    """Serves as it is."""
+    prompt = tokenize(llama)
+    expected = answer(llama, prompt, 24, None).token_ids
+    result = answer(llama, prompt, 24, Speculation(LlamaPromptLookupDecoding(num_pred_tokens=3), 3))
+    assert result.draft is not None
+    assert count_near_ties(llama, prompt, expected, result.token_ids) <= 1
+    assert result.draft.proposed > 0
 
 
 def test_sampled_tokens_have_the_targets_distribution(llama: spac.Llama) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 from dataclasses import replace
@@ -10,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import spac
+from spac.bench.prompt import load as load_prompts
 from spac.errors import OptionError
 from spac.estimator.foresight import foresight
+from spac.generate import Sampling, make_sampler
 from spac.trace.format import Trace
 from spac.trace.simulation import POLICIES, Ahead, parse_cache
 from spac.trace.simulation import replay as run
@@ -92,6 +97,29 @@ def test_reference_figures_of_the_shared_trace(cache: str, lru: float, lfu: floa
         assert 100 * run(trace, parse_cache(cache, trace), policy, "layer").hit_rate == pytest.approx(expected, abs=0.051)
 
 
+@pytest.mark.parametrize("cache", ["25%", "50%", "75%"])
+def test_the_default_policy_misses_less_than_lru_on_the_demo_model(model_path: Path, cache: str) -> None:
+    """Recorded here, greedily, after prompts of five kinds."""
+    trace = demo_trace(model_path)
+    n = parse_cache(cache, trace)
+    assert run(trace, n, "default").misses < run(trace, n, "lru", "layer").misses
+
+
+@functools.cache
+def demo_trace(model_path: Path) -> Trace:
+    llama = spac.Llama(model_path, paging="off", n_ctx=512, n_ubatch=64, verbose=False, record_routing=True)
+    for prompt in load_prompts(())[::4]:
+        llama.reset()
+        llama._ctx.kv_cache_clear()
+        llama.eval(llama.tokenize(prompt.text.encode()))
+        with contextlib.closing(make_sampler(Sampling(temperature=0, repeat_penalty=1.3), llama)) as sampler:
+            for _ in range(40):
+                llama.eval([sampler.sample(llama._ctx, -1)])
+    trace = llama.spac.recorder.trace()
+    llama.close()
+    return trace
+
+
 @pytest.mark.parametrize(("cache", "most"), [("25%", 0.88), ("50%", 0.80)])
 def test_the_default_policy_on_held_back_requests(cache: str, most: float) -> None:
     path = os.environ.get("SPAC_SHARED_TRACE")
@@ -151,7 +179,9 @@ def test_pieces_of_one_slice_are_in_flight_together() -> None:
 
 def test_reads_are_interpolated_and_limited(tmp_path: Path) -> None:
     path = tmp_path / "reads.txt"
-    path.write_text("MB/s, median\n  KiB depth threads\n 64  1   100 ( 90 to 110)  7\n 64  4   200 (1 to 2)\n 1024 1 400 (3 to 4)\n 1024 4 800 (5 to 6)\n")
+    path.write_text(
+        "MB/s, median\n  KiB depth threads\n 64  1   100 ( 90 to 110)  7\n 64  4   200 (1 to 2)\n 1024 1 400 (3 to 4)\n 1024 4 800 (5 to 6)\n"
+    )
     reads = Reads.load(str(path))
     assert reads.bytes_per_s(64 << 10, 1) == pytest.approx(100e6)
     assert reads.bytes_per_s(64 << 10, 2) == pytest.approx(150e6)
