@@ -190,8 +190,8 @@ def report(folder: Path) -> str:
         "- measured: median of cold answers, each to another prompt; *inside*: answers within the predicted interval; misses: for each routed expert",
         "- predicted: for each answer just before it and just after it, the mean time of both; *before only*: off by so much without the later one",
         f"- *others*: processor time that other programs took, of all there was; above {DISTURBED:.0%} a row does not count: delete its runs to have them again\n",
-        "| model | profile | memory | answers | measured, tokens/s | predicted | interval | off by | before only | inside | misses, run / predicted | MB a token, run / predicted | others |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | profile | memory | answers | measured, tokens/s | predicted | interval | off by | before only | inside | misses, run / predicted | MB a token, run / predicted | first token, s, run / predicted | others |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     errors, inside, total, wrong = [], 0, 0, 0
     for (model, profile, memory), found in sorted(cells.items(), key=lambda item: (item[0][0], PROFILES.index(item[0][1]), item[0][2])):
@@ -202,7 +202,7 @@ def report(folder: Path) -> str:
             fits = found[0]["predicted"]["fits"]
             wrong += bool(every) or fits
             lines.append(
-                f"{label} {'runs' if every else 'does not fit'} | {'fits' if fits else 'does not fit'} | | {'WRONG' if every or fits else ''} | | | | | |"
+                f"{label} {'runs' if every else 'does not fit'} | {'fits' if fits else 'does not fit'} | | {'WRONG' if every or fits else ''} | | | | | | |"
             )
             continue
         wrong += len(every) - len(answers)
@@ -221,8 +221,10 @@ def report(folder: Path) -> str:
             misses = f"{missed:.3f} / {statistics.median(p['miss_rate'] for _, p in answers):.3f}"
             run_bytes = statistics.median(answer["read_bytes_per_token"] for answer, _ in answers)
             n_bytes = f"{run_bytes / 1e6:.1f} / {statistics.median(p['read_bytes_per_token'] for _, p in answers) / 1e6:.1f}"
+        ttft_s = statistics.median(answer["ttft_s"] for answer, _ in answers)
+        first_s = f"{ttft_s:.2f} / {statistics.median(p['ttft_s'] for _, p in answers):.2f}"
         lines.append(
-            f"{label} {rate:.2f} | {expected:.2f} | {low:.2f} to {high:.2f} | {expected / rate - 1:+.1%} | {earlier / rate - 1:+.1%} | {within} of {len(answers)} | {misses} | {n_bytes} | {others:.0%} |"
+            f"{label} {rate:.2f} | {expected:.2f} | {low:.2f} to {high:.2f} | {expected / rate - 1:+.1%} | {earlier / rate - 1:+.1%} | {within} of {len(answers)} | {misses} | {n_bytes} | {first_s} | {others:.0%} |"
         )
     if errors:
         lines += [
