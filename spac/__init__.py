@@ -90,7 +90,9 @@ def _prepare(folder: Path | None) -> None:
     # A compute thread that waits for another spins for a while before it sleeps: by libgomp's default for milliseconds, since it knows
     # nothing of the reading threads that want the core. What follows is tens of microseconds on x86, where a pause takes that long.
     spins = 5_000 if os.uname().machine == "x86_64" else 50_000
-    ours = {"LLAMA_CPP_LIB_PATH": str(folder), "MTMD_CPP_LIB": str(folder)}
+    # numpy's OpenBLAS does the same after each product that it shares out, for a tenth of a second, beside llama.cpp's threads; the
+    # estimator's products are small. It has no effect where numpy was imported before.
+    ours = {"LLAMA_CPP_LIB_PATH": str(folder), "MTMD_CPP_LIB": str(folder), "OPENBLAS_NUM_THREADS": "1"}
     if "OMP_WAIT_POLICY" not in os.environ:
         ours["GOMP_SPINCOUNT"] = str(spins)
     for name, value in ours.items():

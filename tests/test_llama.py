@@ -488,6 +488,19 @@ def test_waiting_threads_spin_for_a_short_time_unless_the_user_says_how_long(giv
     assert value == used if isinstance(used, str) else (value != "None") == used
 
 
+@pytest.mark.parametrize(("given", "used"), [({}, "1"), ({"OPENBLAS_NUM_THREADS": "2"}, "2")])
+def test_predictions_have_one_thread_unless_the_user_says_how_many(given: dict[str, str], used: str) -> None:
+    """Threads are counted after a product that OpenBLAS would share out."""
+    code = (
+        "import os, spac; import numpy as np; a = np.ones((600, 600), np.float32); a @ a;"
+        " print(os.environ['OPENBLAS_NUM_THREADS'], len(os.listdir('/proc/self/task')))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_NUM_THREADS"} | given
+    value, threads = run_python(code, env=environment).stdout.split()
+    assert value == used
+    assert int(threads) <= int(used)
+
+
 def test_import_sets_the_library_paths() -> None:
     code = "import os, spac; print(os.environ['LLAMA_CPP_LIB_PATH'] == str(spac.library_folder) == os.environ['MTMD_CPP_LIB'])"
     environment = {k: v for k, v in os.environ.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")}
