@@ -42,8 +42,9 @@ def draw(found: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def short(contender: str) -> str:
-    """A contender's name without how many tokens it makes, so that it is the same in all rows."""
-    name = re.sub(r"\b,?tokens=\d+", "", contender)
+    """A contender's name without what differs between rows, how many tokens it makes and a peer's cache, and without folders."""
+    name = re.sub(r",?\b(tokens=\d+|cache=\d+|learned=[^,]*)", "", contender)
+    name = re.sub(r"draft=[^,]*/([^,/]+?)(\.gguf)?(?=,|$)", r"draft=\1", name)
     return name.rstrip(":").replace(":,", ":")
 
 
@@ -56,24 +57,26 @@ def _figure(width: float = 8, height: float = 4.5) -> tuple[Any, Any]:
 
 def speed(groups: Groups) -> Any | None:
     """Tokens/s by memory limit, a line for each contender and read limit, with the spread of its runs."""
-    lines: dict[str, list[tuple[float, tuple[float, float, float]]]] = {}
+    lines: dict[tuple[str, str], list[tuple[float, tuple[float, float, float]]]] = {}
     for contenders in groups.values():
         for name, runs in contenders.items():
             limit, value = runs[0]["limits"]["memory_bytes"], median(runs, records.decode_tokens_per_s)
             if limit and value and runs[0]["row"]["tokens"] > 1:
                 share = 100 * limit / runs[0]["model"]["bytes"]
-                lines.setdefault(f"{short(name)}, {suite.rate(runs[0]['limits']['read_bytes_per_s'])}", []).append((share, value))
+                lines.setdefault((short(name), suite.rate(runs[0]["limits"]["read_bytes_per_s"])), []).append((share, value))
     if not lines:
         return None
-    figure, axes = _figure()
-    for label, points in lines.items():
+    figure, axes = _figure(width=11)
+    names, rates = ([*dict.fromkeys(key[i] for key in lines)] for i in (0, 1))
+    for (name, rate), points in lines.items():
         points.sort()
+        look = {"color": f"C{names.index(name)}", "linestyle": ("-", "--", ":", "-.")[rates.index(rate) % 4]}
         middle = [v[0] for _, v in points]
         spread = [[v[0] - v[1] for _, v in points], [v[2] - v[0] for _, v in points]]
-        axes.errorbar([s for s, _ in points], middle, yerr=spread, marker="o", capsize=3, label=label)
+        axes.errorbar([s for s, _ in points], middle, yerr=spread, marker="o", capsize=3, label=f"{name}, {rate}", **look)
     axes.set(xlabel="memory limit, % of the model", ylabel="tokens/s", title="Decoding speed by memory budget", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 

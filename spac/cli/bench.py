@@ -39,7 +39,8 @@ def bench(
     contender: Annotated[
         Many | None,
         typer.Option(
-            metavar="SPEC", help="Such as stock:mmap,repack=off, spac:store=buffered, bigmoe; repeat it. Else stock, spac, all peers.",
+            metavar="SPEC",
+            help="Such as stock:mmap,repack=off, spac:store=buffered, bigmoe; repeat it. Else stock, spac, all peers.",
             show_default=False,
         ),
     ] = None,
@@ -123,7 +124,7 @@ def bench(
         resume=resume,
         loadgen=loadgen,
         command=shlex.join(["spac", *sys.argv[1:]]),
-        short=runner.short_names([Path(model), parts[0], out, out.resolve(), *peers.values()]),
+        short=runner.short_names([Path(model), parts[0], out, out.resolve(), *peers.values(), *([prompts] if prompts else [])]),
     )
     return measure(runner.Bench(options), options.folder)
 

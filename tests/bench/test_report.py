@@ -206,6 +206,8 @@ def test_plots(tmp_path: Path) -> None:
         ("stock:mmap,repack=off,tokens=4", "stock:mmap,repack=off"),
         ("ik_llama:tokens=8", "ik_llama"),
         ("spac:tokens=3,store=mmap", "spac:store=mmap"),
+        ("bigmoe:cache=627", "bigmoe"),
+        ("spac:draft=models/small.gguf,learned=build/l.npz", "spac:draft=small"),
     ],
 )
 def test_a_contenders_short_name(name: str, expected: str) -> None:
