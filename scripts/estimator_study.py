@@ -25,6 +25,7 @@ import tracemalloc
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import spac  # noqa: F401  # isort: skip - before numpy: it says how many threads OpenBLAS has
 import numpy as np
 
 from spac.estimator import Reliability, TokenEstimator, load, save
