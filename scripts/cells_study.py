@@ -59,8 +59,8 @@ def cell_table(folder: Path) -> str:
         f"| profile | prompts | runs | {' | '.join(names)} | automatic / nothing | / best fixed | MB a token, nothing / automatic | CPU s a token | tokens equal |",
         "|---|---|---|" + "---|" * (len(names) + 5),
     ]
-    gains, losses = [], []
-    each: dict[str, list[float]] = {name: [] for name in FIXED}
+    gains: list[float] = []
+    against: list[list[float]] = []  # in each cell, of each fixed setting
     for _, cell in found:
         groups = list(report.group(cell).values())
         runs = dict(zip(names, groups[0].values(), strict=False))
@@ -69,19 +69,18 @@ def cell_table(folder: Path) -> str:
         medians = {name: report.median(of, records.decode_tokens_per_s) for name, of in runs.items()}
         speed = {name: value[0] if value else math.nan for name, value in medians.items()}
         gains.append(speed[AUTOMATIC] / speed[NOTHING])
-        losses.append(speed[AUTOMATIC] / max(speed[name] for name in FIXED))
-        for name, ratios in each.items():
-            ratios.append(speed[AUTOMATIC] / speed[name])
+        against.append([speed[AUTOMATIC] / speed[name] for name in FIXED])
         equal = {report.equal_tokens(name, groups[0]) for name in groups[0]}
         lines.append(
             f"| {cell[0]['profile']['name']} | {cell[0]['prompts'][0]['kind']} | {len(report.usable(runs[AUTOMATIC]))} |"
-            f" {' | '.join(f'{speed[name]:.2f}' for name in names)} | {gains[-1]:.2f} | {losses[-1]:.2f} |"
+            f" {' | '.join(f'{speed[name]:.2f}' for name in names)} | {gains[-1]:.2f} | {min(against[-1]):.2f} |"
             f" {both(runs, 'device_read_bytes', 1e6, 0)} | {both(runs, 'cpu_s', 1, 3)} | {' '.join(sorted(equal))} |"
         )
+    losses = [min(ratios) for ratios in against]
     enough = sum(gain >= 1.2 for gain in gains)
     lines += ["", f"Against nothing foreseen: geometric mean {statistics.geometric_mean(gains):.2f}, lowest {min(gains):.2f}, 1.2 and more in {enough} of"
               f" {len(gains)}. Against the best fixed setting of each cell: geometric mean {statistics.geometric_mean(losses):.2f}, lowest {min(losses):.2f};"
-              f" against each of them in all cells: {'; '.join(f'{name}: {statistics.geometric_mean(ratios):.2f}' for name, ratios in each.items())}."]  # fmt: skip
+              f" against each of them in all cells: {'; '.join(f'{name}: {statistics.geometric_mean(ratios):.2f}' for name, ratios in zip(FIXED, zip(*against, strict=True), strict=True))}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

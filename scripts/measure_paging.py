@@ -385,14 +385,13 @@ def bounds(runs: list[dict[str, Any]], folder: Path) -> list[str]:
         "*Least MB a token*: what Belady's MIN, over the prompt and the answer, would have read for the answer in as many slots, bundles fetched on demand; *its bound*: the longer of computing and of that, at the bare reader's rate.\n",
         "| profile | memory | reads limited to | MB a token | ms a token | computing, ms | bare reading, ms | touched, ms | share of the bound | of the bound, touched | of both in turn | least MB a token | its bound, ms |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    plain = {r["profile"]: statistics.fmean([row["wall_s"] for row in r["tokens"]]) for r in runs if r["kind"] == "reference" and r["memory"] == "plain"}
     for run in runs:
         if run["kind"] == "speed":
+            resident, trace, _ = compute_of(runs, run["profile"], folder)
             n = len(run["tokens"])
             wall, bare, touched = (sum(row[key] for row in run["tokens"]) / n for key in ("wall_s", "huge_s", "touched_s"))
-            compute = plain[run["profile"]]
+            compute = resident.token_s
             n_bytes = sum(row["bytes_read"] for row in run["tokens"]) / n
-            _, trace, _ = compute_of(runs, run["profile"], folder)
             least = int(replay(trace, slots_of(run, trace), "min", "global").missed[-n:].sum()) * max(trace.bundle_bytes) / n
             lines.append(
                 f"| {label(run)} | {n_bytes / 1e6:.1f} | {wall * 1e3:.1f} | {compute * 1e3:.1f} | {bare * 1e3:.1f} | {touched * 1e3:.1f}"

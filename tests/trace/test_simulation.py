@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 from dataclasses import replace
@@ -98,15 +97,14 @@ def test_reference_figures_of_the_shared_trace(cache: str, lru: float, lfu: floa
 
 
 @pytest.mark.parametrize("cache", ["25%", "50%", "75%"])
-def test_the_default_policy_misses_less_than_lru_on_the_demo_model(model_path: Path, cache: str) -> None:
-    """Recorded here, greedily, after prompts of five kinds."""
-    trace = demo_trace(model_path)
-    n = parse_cache(cache, trace)
-    assert run(trace, n, "default").misses < run(trace, n, "lru", "layer").misses
+def test_the_default_policy_misses_less_than_lru_on_the_demo_model(demo_trace: Trace, cache: str) -> None:
+    n = parse_cache(cache, demo_trace)
+    assert run(demo_trace, n, "default").misses < run(demo_trace, n, "lru", "layer").misses
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def demo_trace(model_path: Path) -> Trace:
+    """Recorded here, greedily, after prompts of five kinds."""
     llama = spac.Llama(model_path, paging="off", n_ctx=512, n_ubatch=64, verbose=False, record_routing=True)
     for prompt in load_prompts(())[::4]:
         llama.reset()
