@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -33,35 +34,36 @@ NO_TOKEN = -1
 
 
 class Recall(NamedTuple):
-    """What is remembered of one coming token.
+    """What is remembered of coming tokens.
 
     Attributes:
-        slots: int64 [n], observations.
+        slots: int64 [n], observations, of all the tokens together.
+        owners: int64 [n], the token that each is of.
         weights: float64 [n], of each.
-        rest: what the prior weighs; `weights.sum() + rest` is 1.
-        support: class of confidence, 0 <= support < SUPPORT_CLASSES, by how often the token, pair and triple were seen.
+        rest: float64 [tokens], what the prior weighs; with the weights of a token's observations it is 1.
+        support: int64 [tokens], class of confidence, 0 <= support < SUPPORT_CLASSES, by how often the token, pair and triple were seen.
     """
 
     slots: NDArray[np.int64]
+    owners: NDArray[np.int64]
     weights: NDArray[np.float64]
-    rest: float
-    support: int
+    rest: NDArray[np.float64]
+    support: NDArray[np.int64]
+
+    def mixed(self, positions: NDArray[np.int64], shares: NDArray[np.float64]) -> Recall:
+        """The same of tokens that are one of several each, the first one's support counting.
+
+        Args:
+            positions: [tokens], ascending: which of the mixtures each belongs to.
+            shares: [tokens], its part; those of a mixture sum to 1.
+        """
+        first = np.flatnonzero(np.diff(positions, prepend=-1))
+        rest = np.add.reduceat(self.rest * shares, first)
+        return Recall(self.slots, positions[self.owners], self.weights * shares[self.owners], rest, self.support[first])
 
 
 _COUNT_CLASS = np.array([0, 1, 2, 3, 3, *[4] * 4, *[5] * 8, *[6] * 64], np.int64)
 SUPPORT_CLASSES = 7 * 7 * 3 * 2
-# the bare token: nothing remembered
-_UNKNOWN = Recall(np.empty(0, np.int64), np.empty(0), 1.0, 0)
-
-
-def mixed(parts: Sequence[tuple[Recall, float]]) -> Recall:
-    """What is remembered of a token that is one of several, each with its share; the first one's support counts."""
-    return Recall(
-        np.concatenate([recall.slots for recall, _ in parts]),
-        np.concatenate([recall.weights * share for recall, share in parts]),
-        sum(recall.rest * share for recall, share in parts),
-        parts[0][0].support,
-    )
 
 
 class RoutingMemory:
@@ -101,30 +103,28 @@ class RoutingMemory:
         if previous != NO_TOKEN:
             self._append(_pair(previous, token), slot, PAIR_WINDOW)
 
-    def recall(self, token: int, previous: int, before: int, request: int) -> Recall:
-        """What is remembered of `token` after `previous` and `before`, in `request`."""
-        row = self._row(token)
-        pair = self._row(_pair(previous, token)) if previous != NO_TOKEN else None
-        if row is None:
-            if pair is None:
-                return _UNKNOWN
-            row = pair
-        elif pair is not None:
-            row = row + [slot for slot in pair if slot not in row]
-        slots = np.array(row, np.int64)
-        context = self.context[slots]
-        in_pair = (context[:, 1] == previous) & (previous != NO_TOKEN)
-        in_triple = in_pair & (context[:, 2] == before) & (before != NO_TOKEN)
-        in_request = context[:, 3] == request
-        n, n_pair, n_triple, n_request = len(row), int(in_pair.sum()), int(in_triple.sum()), int(in_request.sum())
+    def recall(self, contexts: Sequence[tuple[int, int, int]], request: int) -> Recall:
+        """What is remembered of tokens in `request`.
+
+        Args:
+            contexts: of each: token, the one before it, and the one before that.
+        """
+        rows = [self._observed(token, previous) for token, previous, _ in contexts]
+        n = np.array([len(row) for row in rows], np.int64)
+        slots = np.fromiter(chain.from_iterable(rows), np.int64, n.sum())
+        owners = np.repeat(np.arange(len(rows)), n)
+        asked, seen = np.array(contexts, np.int64)[owners], self.context[slots]
+        in_pair = (seen[:, 1] == asked[:, 1]) & (asked[:, 1] != NO_TOKEN)
+        in_triple = in_pair & (seen[:, 2] == asked[:, 2]) & (asked[:, 2] != NO_TOKEN)
+        in_request = seen[:, 3] == request
+        n_pair, n_triple, n_request = (np.bincount(owners[inside], minlength=len(rows)) for inside in (in_pair, in_triple, in_request))
         w_request = 1 / (n_request + _REQUEST_MASS)
         w_triple = w_request * _REQUEST_MASS / (n_triple + _TRIPLE_MASS)
         w_pair = w_triple * _TRIPLE_MASS / (n_pair + _PAIR_MASS)
         w_token = w_pair * _PAIR_MASS / (n + _TOKEN_MASS)
-        weights = w_token + w_pair * in_pair + w_triple * in_triple + w_request * in_request
-        count = _COUNT_CLASS
-        support = ((int(count[n]) * 7 + int(count[n_pair])) * 3 + min(2, n_triple)) * 2 + (n_request > 0)
-        return Recall(slots, weights, w_token * _TOKEN_MASS, support)
+        weights = w_token[owners] + w_pair[owners] * in_pair + w_triple[owners] * in_triple + w_request[owners] * in_request
+        support = ((_COUNT_CLASS[n] * 7 + _COUNT_CLASS[n_pair]) * 3 + np.minimum(2, n_triple)) * 2 + (n_request > 0)
+        return Recall(slots, owners, weights, w_token * _TOKEN_MASS, support)
 
     def records(self) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
         """For saving, oldest first: token, previous token and the one before, int64 [n, 3]; ids [n, layers * k]."""
@@ -154,6 +154,12 @@ class RoutingMemory:
             for slot in self._restored.take_oldest() or self._rows.popitem(last=False)[1]:
                 self._release(slot)
         return self._free.pop()
+
+    def _observed(self, token: int, previous: int) -> list[int]:
+        """Slots of a token's observations, and of those after the same token before it."""
+        row = self._row(token) or []
+        pair = self._row(_pair(previous, token)) if previous != NO_TOKEN else None
+        return row + [slot for slot in pair if slot not in row] if pair else row
 
     def _row(self, key: int) -> list[int] | None:
         row = self._rows.get(key)
@@ -191,12 +197,14 @@ class _Sorted:
 
     def row(self, key: int, take: bool) -> list[int] | None:
         """A copy of a row; None: there is none, or it was taken."""
-        end = int(np.searchsorted(self.keys, key, "right"))
-        if end == 0 or self.keys[end - 1] != key or self._taken[end - 1]:
+        begin = int(self.keys.searchsorted(key))
+        if begin == len(self.keys) or self.keys[begin] != key:
+            return None
+        end = begin + int(self.keys[begin:].searchsorted(key, "right"))
+        if self._taken[end - 1]:
             return None
         self._taken[end - 1] = take
-        begin = max(int(np.searchsorted(self.keys[:end], key)), end - self.window)
-        row: list[int] = self.slots[begin:end].tolist()
+        row: list[int] = self.slots[max(begin, end - self.window) : end].tolist()
         return row
 
 

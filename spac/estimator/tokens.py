@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spac.errors import OptionError
-from spac.estimator.memory import NO_TOKEN, SUPPORT_CLASSES, Recall, RoutingMemory, mixed
+from spac.estimator.memory import NO_TOKEN, SUPPORT_CLASSES, Recall, RoutingMemory
 
 Floats = NDArray[np.float32]
 
@@ -117,7 +117,7 @@ class TokenEstimator:
 
     def probabilities(self, tokens: Sequence[int]) -> Floats:
         """Probability of use of each expert by each coming token: float32 [tokens, layers, experts]."""
-        return self._forward(self._recalls(tokens))[0].reshape(len(tokens), self.n_layers, self.n_experts)
+        return self._forward(self._recall(tokens))[0].reshape(len(tokens), self.n_layers, self.n_experts)
 
     def of_candidates(self, coming: Sequence[Sequence[tuple[int, float]]]) -> Floats:
         """The same where coming tokens are guessed.
@@ -133,13 +133,16 @@ class TokenEstimator:
             float32 [tokens, layers, experts]: probability of use, given that one of the candidates comes.
         """
         before, previous = self._before, self._previous
-        recalls = []
-        for candidates in coming:
+        contexts, positions, shares = [], [], []
+        for position, candidates in enumerate(coming):
             total = sum(chance for _, chance in candidates)
-            parts = [(self.memory.recall(token, previous, before, self._request), chance / total) for token, chance in candidates]
-            recalls.append(mixed(parts) if len(parts) > 1 else parts[0][0])
+            for token, chance in candidates:
+                contexts.append((token, previous, before))
+                positions.append(position)
+                shares.append(chance / total)
             before, previous = previous, candidates[0][0]
-        return self._forward(recalls)[0].reshape(len(coming), self.n_layers, self.n_experts)
+        recall = self.memory.recall(contexts, self._request).mixed(np.array(positions), np.array(shares))
+        return self._forward(recall)[0].reshape(len(coming), self.n_layers, self.n_experts)
 
     def learn(self, tokens: ArrayLike, experts: ArrayLike) -> None:
         """Learns from a decoded batch.
@@ -166,32 +169,28 @@ class TokenEstimator:
         for token, chosen in zip(token_ids.tolist(), routed, strict=True):
             self._learn_one(token, chosen)
 
-    def _recalls(self, tokens: Sequence[int]) -> list[Recall]:
+    def _recall(self, tokens: Sequence[int]) -> Recall:
         known = [self._before, self._previous, *tokens]
-        return [self.memory.recall(known[i + 2], known[i + 1], known[i], self._request) for i in range(len(tokens))]
+        return self.memory.recall(list(zip(tokens, known[1:], known, strict=False)), self._request)
 
-    def _remembered(self, recalls: list[Recall]) -> Floats:
+    def _remembered(self, recall: Recall) -> Floats:
         """Probabilities by memory alone, float32 [tokens, width]."""
-        width = self.prior.size
-        slots = np.concatenate([recall.slots for recall in recalls])
-        weights = np.concatenate([recall.weights for recall in recalls])
-        starts = np.repeat(np.arange(len(recalls)) * width, [len(recall.slots) for recall in recalls])
-        flat = self.memory.ids[slots] + self._offsets
-        flat += starts[:, None]
-        counts = np.bincount(flat.ravel(), np.repeat(weights, self.memory.width), len(recalls) * width)
-        rest = np.array([recall.rest for recall in recalls], np.float32)
-        remembered = counts.reshape(len(recalls), width).astype(np.float32)
-        remembered += rest[:, None] * self.prior
+        n, width = len(recall.rest), self.prior.size
+        places = self.memory.ids[recall.slots] + self._offsets
+        places += (recall.owners * width)[:, None]
+        counts = np.bincount(places.ravel(), np.repeat(recall.weights, self.memory.width), n * width)
+        remembered = counts.reshape(n, width).astype(np.float32)
+        remembered += recall.rest.astype(np.float32)[:, None] * self.prior
         return remembered
 
-    def _forward(self, recalls: list[Recall]) -> tuple[Floats, Floats, Floats, Floats]:
+    def _forward(self, recall: Recall) -> tuple[Floats, Floats, Floats, Floats]:
         """Probabilities [n, width], memory's logits and deviations from the prior [n, width], inputs of `links_out` [n, inputs × rank]."""
-        remembered = self._remembered(recalls)
+        remembered = self._remembered(recall)
         deviation = remembered - self.prior
         np.clip(remembered, _P_MIN, 1 - _P_MIN, out=remembered)
         logit = np.log(remembered / (1 - remembered))
-        n = len(recalls)
-        weights = self.layer_weights + self.class_weights[[recall.support for recall in recalls]][:, :, None]  # [n, features, layers]
+        n = len(recall.rest)
+        weights = self.layer_weights + self.class_weights[recall.support][:, :, None]  # [n, features, layers]
         shape = (n, self.n_layers, self.n_experts)
         z = logit.reshape(shape) * weights[:, 1, :, None]
         z += weights[:, 0, :, None]
@@ -205,15 +204,18 @@ class TokenEstimator:
             hidden[:, 1] = before @ self.links_in[1].T
             for i, drift in enumerate(self._drifts):
                 hidden[:, 2 + i] = self.links_in[2 + i] @ drift
-            z += hidden.reshape(n, -1) @ self.links_out
+            # the drifts are the same for all tokens
+            of_tokens = 2 * self.rank
+            z += hidden[:, :2].reshape(n, -1) @ self.links_out[:of_tokens]
+            z += hidden[0, 2:].reshape(-1) @ self.links_out[of_tokens:]
         np.negative(z, out=z)
         np.exp(np.minimum(z, 30, out=z), out=z)
         z += 1
         return np.reciprocal(z, out=z), logit, deviation, hidden.reshape(n, -1)
 
     def _learn_one(self, token: int, chosen: NDArray[np.integer]) -> None:
-        (recall,) = recalls = self._recalls([token])
-        p, logit, deviation, hidden = (array[0] for array in self._forward(recalls))
+        recall = self._recall([token])
+        p, logit, deviation, hidden = (array[0] for array in self._forward(recall))
         error = -p
         used = (chosen.reshape(-1) + self._offsets).astype(np.int64)
         error[used] += 1
@@ -225,7 +227,7 @@ class TokenEstimator:
             [by_layer.sum(1), *(np.einsum("le,le->l", by_layer, x.reshape(by_layer.shape)) for x in (logit, *self._drifts))]
         )  # [features, layers]
         self.layer_weights += _LAYER_RATE * gradients
-        self.class_weights[recall.support] += _CLASS_RATE * gradients.mean(1)
+        self.class_weights[recall.support[0]] += _CLASS_RATE * gradients.mean(1)
 
         for i, (half_life, scale) in enumerate(zip(_DRIFT_HALF_LIVES_TOKENS, _DRIFT_SCALES, strict=True)):
             kept = 2.0 ** (-1 / half_life)

@@ -201,7 +201,7 @@ def test_a_pair_outlives_its_token_window() -> None:
     memory.add(7, 3, NONE, 0, np.array([[2]]))
     for _ in range(TOKEN_WINDOW + 5):
         memory.add(7, 5, NONE, 0, np.array([[1]]))
-    assert (memory.ids[memory.recall(7, 3, NONE, 1).slots] == 2).any()
+    assert (memory.ids[memory.recall([(7, 3, NONE)], 1).slots] == 2).any()
     assert len(memory) <= TOKEN_WINDOW + PAIR_WINDOW
 
 
@@ -212,17 +212,21 @@ def test_rare_rows_go_first_when_full() -> None:
         memory.add(1000 + i, NONE, NONE, 0, np.array([[0]]))
         memory.add(7, NONE, NONE, 0, np.array([[1]]))
     assert 19 <= len(memory) <= 20  # one may just have become free
-    assert len(memory.recall(7, NONE, NONE, 0).slots) > 8
-    assert not len(memory.recall(1000, NONE, NONE, 0).slots)
+    assert len(memory.recall([(7, NONE, NONE)], 0).slots) > 8
+    assert not len(memory.recall([(1000, NONE, NONE)], 0).slots)
 
 
 def test_weights_sum_to_one() -> None:
     memory = RoutingMemory(1, 4, 1, 1 << 20)
     for i in range(60):
         memory.add(i % 3, i % 2, i % 5, i // 20, np.array([[i % 4]]))
-    for context in ((0, 1, 2, 2), (1, 0, NONE, 1), (2, NONE, NONE, 0), (50, 1, 1, 1)):
-        recall = memory.recall(*context)
-        assert recall.weights.sum() + recall.rest == pytest.approx(1)
+    contexts = [(0, 1, 2), (1, 0, NONE), (2, NONE, NONE), (50, 1, 1)]
+    for request in range(3):
+        recall = memory.recall(contexts, request)
+        assert np.bincount(recall.owners, recall.weights, len(contexts)) + recall.rest == pytest.approx(np.ones(4))
+        for i, context in enumerate(contexts):
+            alone = memory.recall([context], request)
+            assert (alone.slots.tolist(), alone.weights.tolist()) == (recall.slots[recall.owners == i].tolist(), recall.weights[recall.owners == i].tolist())
 
 
 def test_memory_is_bounded() -> None:
@@ -369,11 +373,11 @@ def test_of_more_than_fits_the_last_is_kept(tmp_path: Path) -> None:
     assert load(other, tmp_path / "tables.npz", "model")
 
     def known() -> list[int]:
-        return [i for i in range(200) if len(other.memory.recall(i, NONE, NONE, 0).slots)]
+        return [i for i in range(200) if len(other.memory.recall([(i, NONE, NONE)], 0).slots)]
 
     assert known() == list(range(20, 30))
     for i in known():
-        (slot,) = other.memory.recall(i, i - 1, i - 2, 0).slots
+        (slot,) = other.memory.recall([(i, i - 1, i - 2)], 0).slots
         assert (other.memory.ids[slot] == i % EXPERTS).all()
     other.memory.add(20, NONE, NONE, 0, np.zeros((LAYERS, USED), int))
     for i in range(100, 105):
