@@ -52,6 +52,7 @@ def drive(engine: Engine, prompts: Sequence[Prompt], folder: Path) -> dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     log = lg.LogSettings()
     log.log_output.outdir = str(folder)
+    log.enable_trace = False  # megabytes
     sut = lg.ConstructSUT(issue, lambda: None)
     library = lg.ConstructQSL(len(prompts), len(prompts), lambda _: None, lambda _: None)
     try:
