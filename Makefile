@@ -62,6 +62,7 @@ stock: vendor ## build/stock/lib: upstream without patches, same flags: what ben
 # Built peers to measure beside: make bench PEERS="bigmoe=/path/to/bmoe-cli ik_llama=/path/to/llama-cli"
 PEERS       ?=
 BENCH_OUT   ?= build/bench
+REPEATS     ?= 3
 BENCH       := $(PY) -m spac bench
 BENCH_FLAGS = --out $(BENCH_OUT) $(addprefix --peer ,$(PEERS))
 
@@ -69,13 +70,13 @@ bench-quick: build stock .venv/.bench-installed build/demo/spac-demo-1g.gguf ## 
 	$(BENCH) build/demo/spac-demo-1g.gguf --suite quick --repeats 2 $(BENCH_FLAGS)
 
 bench: build stock .venv/.bench-installed build/demo/4g.gguf ## all suites that compare, hours; interrupted, it goes on where it was
-	$(BENCH) build/demo/4g.gguf --suite full --name full --resume $(BENCH_FLAGS)
-	$(BENCH) build/demo/4g.gguf --suite speed --name speed --resume $(BENCH_FLAGS)
-	$(BENCH) build/demo/4g.gguf --suite stock --name stock --resume $(BENCH_FLAGS)
-	$(BENCH) build/demo/4g.gguf --suite latency --name latency --resume --prompts-per-run 5 $(BENCH_FLAGS)
+	$(BENCH) build/demo/4g.gguf --suite full --name full --resume --repeats $(REPEATS) $(BENCH_FLAGS)
+	$(BENCH) build/demo/4g.gguf --suite speed --name speed --resume --repeats $(REPEATS) $(BENCH_FLAGS)
+	$(BENCH) build/demo/4g.gguf --suite stock --name stock --resume --repeats $(REPEATS) $(BENCH_FLAGS)
+	$(BENCH) build/demo/4g.gguf --suite latency --name latency --resume --repeats $(REPEATS) --prompts-per-run 5 $(BENCH_FLAGS)
 	@if $(PY) -c 'import mlperf_loadgen' 2>/dev/null; then set -x; \
 	$(BENCH) build/demo/4g.gguf --profile native --name loadgen --resume --loadgen --repeats 1 --prompts-per-run 5 --out $(BENCH_OUT); fi
-	$(PY) scripts/measure_paging.py build/demo/4g.gguf --out $(BENCH_OUT)/paging
+	$(PY) scripts/measure_paging.py build/demo/4g.gguf --repeats $(REPEATS) --out $(BENCH_OUT)/paging
 	$(PY) scripts/synth_study.py --out $(BENCH_OUT)/synth.md
 
 synth: build ## synthetic models with the structure of known ones, up to 35B, run paged; some minutes, 4 GB of disk
