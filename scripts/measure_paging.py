@@ -39,9 +39,10 @@ from typing import Any, Final
 from spac.bench import profile as profiles
 from spac.bench import record as records
 from spac.bench import worker
-from spac.bench.runner import FIXED, default_threads
+from spac.bench.runner import FIXED
 from spac.gguf.check import EXPERT_PATTERN
 from spac.host import limits as cgroups
+from spac.host.cores import allowed_cores
 from spac.trace.format import Trace
 from spac.trace.simulation import replay
 from spac.trace.timing import READS_IN_FLIGHT, Compute, Reads, limited, pieces_of, predict
@@ -205,7 +206,7 @@ def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: i
     trace = str(out / f"trace-{name}.npz") if record_routing and kind == "reference" else ""
     config = {
         "kind": kind, "engine": "spac", "model": str(model), "tokens": tokens, "prompt_tokens": PROMPT_TOKENS,
-        "threads": limits.cores or default_threads(), "trace": trace, "limited": limits.read_bytes_per_s is not None,
+        "threads": limits.cores or allowed_cores(), "trace": trace, "limited": limits.read_bytes_per_s is not None,
         "arguments": {"paging": "on", "memory": limits.memory_bytes or 2 * size, "record_routing": record_routing},
     }  # fmt: skip
     record: dict[str, Any] = {

@@ -9,11 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from spac.errors import OptionError
+
 
 def folder() -> Path:
-    """$XDG_CACHE_HOME/spac, or ~/.cache/spac; it need not exist."""
+    """$XDG_CACHE_HOME/spac, or ~/.cache/spac; it need not exist.
+
+    Raises:
+        OptionError: there is no home directory.
+    """
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "spac"
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "spac"
+    except RuntimeError:
+        raise OptionError("there is no home directory: set XDG_CACHE_HOME to a folder for what spac keeps") from None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import llama_cpp.llama_cpp as upstream
 from spac.errors import DecodeError, OptionError
 from spac.llama import Llama
 from spac.speculative import DraftStats, Speculation
+from spac.speculative.draft import common_prefix
 
 RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp draws one
 PENALTY_TOKENS = 64
@@ -189,12 +190,7 @@ def _stream(
 
 def reuse_prefix(llama: Llama, prompt: Sequence[int]) -> int:
     """Cut the context back to what it has in common with the prompt, at least one token less; returns that many tokens."""
-    common = 0
-    for have, want in zip(llama.input_ids[: llama.n_tokens].tolist(), prompt, strict=False):
-        if have != want:
-            break
-        common += 1
-    keep = min(common, len(prompt) - 1)
+    keep = min(common_prefix(llama.input_ids[: llama.n_tokens].tolist(), list(prompt)), len(prompt) - 1)
     if keep == llama.n_tokens or (keep > 0 and llama._ctx.kv_cache_seq_rm(-1, keep, -1)):
         llama.n_tokens = keep
     else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from spac.errors import BudgetError
 from spac.host import memory
 from spac.host.memory import format_bytes
-from spac.plan import reserve_bytes
+from spac.plan.fit import reserve_bytes, with_reserve
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Governor:
             if budget < floor:
                 raise BudgetError(
                     f"the loaded model leaves {format_bytes(max(budget, 0))} for experts, they need {format_bytes(floor)};"
-                    f" raise --memory by {format_bytes(floor - budget)} or lower --ctx"
+                    f" raise --memory by {format_bytes(with_reserve(floor - budget), up=True)} or lower --ctx"
                 )
             self._apply(budget)
             if floor > 0:
@@ -127,19 +127,22 @@ class Governor:
         if budget + reserve // 2 < self.budget_bytes or budget > self.budget_bytes + reserve // 2:
             self._apply(max(budget, self._floor()))
 
-    def limit(self, member: int, limit_bytes: int) -> None:
-        """Change a model's limit of the process; experts shrink at once, or may grow.
+    def limit(self, limit_bytes: int) -> None:
+        """Change the process's limit, whatever each model was loaded with; experts shrink at once, or may grow.
 
         Raises:
             BudgetError: what else is in memory leaves less than a floor; nothing changes.
         """
         with self._lock:
-            before, self._members[member].limit_bytes = self._members[member].limit_bytes, limit_bytes
+            before = [member.limit_bytes for member in self._members.values()]
+            for member in self._members.values():
+                member.limit_bytes = limit_bytes
             budget, floor = self._left(), self._floor()
             if budget < floor:
-                self._members[member].limit_bytes = before
-                least = limit_bytes + floor - budget
-                raise BudgetError(f"{format_bytes(limit_bytes)} are not enough for what is loaded: it needs {format_bytes(least)}")
+                for member, old in zip(self._members.values(), before, strict=True):
+                    member.limit_bytes = old
+                least = format_bytes(limit_bytes + with_reserve(floor - budget), up=True)
+                raise BudgetError(f"{format_bytes(limit_bytes)} are not enough for what is loaded: it needs {least}")
             self._apply(budget)
 
     def cap(self, n_bytes: int | None) -> None:

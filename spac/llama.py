@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import jinja2
 import llama_cpp
 import llama_cpp.llama_cpp as upstream
 import numpy as np
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from spac.trace.recorder import Recorder
 
 THREAD_BYTES: Final = 8 * memory.MIB  # address space of a thread's stack
+CTX_STEP: Final = 256  # tokens: contexts are multiples of it
 ESTIMATOR_DIVISOR: Final = 64  # the part of `memory` that what the signals learn may take, at most
 PAGINGS: Final = ("auto", "on", "off")
 
@@ -46,6 +48,7 @@ _governor = Governor(
     watch=lambda watched: control.watch_pressure(memory.headrooms() if watched else {}),
 )
 _live: weakref.WeakSet[Llama] = weakref.WeakSet()
+_forked = False  # from a process with a model
 
 
 def void(_: object) -> None:
@@ -129,7 +132,8 @@ class Handle:
         _governor.cap(n_bytes)
 
     def limit_memory(self, limit: str | int) -> None:
-        """Change `memory` of a paged model. Experts that have no room any more leave at once, from any thread; others come back with use.
+        """Change `memory`, which bounds the process, for all models in it. Experts that have no room any more leave at once, from any
+        thread; others come back with use.
 
         Raises:
             OptionError: the limit has no meaning, or nothing is paged.
@@ -140,7 +144,7 @@ class Handle:
         n_bytes = memory.parse_memory(limit)
         n_bytes = memory.auto_limit_bytes() if n_bytes is None else n_bytes
         try:
-            _governor.limit(self._member, n_bytes)
+            _governor.limit(n_bytes)
         except BudgetError as e:
             raise BudgetError(f"{self.facts.path}: {e}") from None
         self.plan = replace(self.plan, limit_bytes=n_bytes)
@@ -254,6 +258,8 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() may be called on what was never finished
+        if _forked:
+            raise OptionError("this process was forked from one with a model; start a new one (multiprocessing: the method 'spawn')")
         self._spac_arguments = {"memory": memory, "paging": paging, "store": store, "n_io_threads": n_io_threads, "repack": repack}
         self._signals, self._learned = tuple(signals), learned
         self._prepare_arguments(memory, paging, store, kwargs)
@@ -271,6 +277,8 @@ class Llama(llama_cpp.Llama):
             kwargs.pop("n_ubatch", None)
         if kwargs.get("n_ctx") == 0 and facts.n_ctx_train:
             kwargs["n_ctx"] = facts.n_ctx_train
+        if kwargs.get("n_ctx"):  # as upstream does with the context, but not with llama_cpp.Llama's arrays
+            kwargs["n_ctx"] = -(-kwargs["n_ctx"] // CTX_STEP) * CTX_STEP
         cores = physical_cores()
         kwargs["n_threads"] = kwargs.get("n_threads") or cores
         kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or kwargs["n_threads"]
@@ -279,6 +287,9 @@ class Llama(llama_cpp.Llama):
                 super().__init__(path, flash_attn=bool(self._flash_attn), **kwargs)
             self._check_adapter()
             self._settle()
+        except jinja2.TemplateError as e:
+            self.close()
+            raise ModelFileError(f"{path}: its chat template cannot be read: {e}") from None
         except BaseException:
             self.close()
             raise
@@ -318,6 +329,7 @@ class Llama(llama_cpp.Llama):
             if plan.direct_io:
                 params.load_mode = upstream.LLAMA_LOAD_MODE_DIRECT_IO
             need = plan.sizes.dense_bytes + plan.sizes.context_bytes + plan.sizes.compute_bytes + plan.sizes.vocabulary_bytes
+            need += 0 if paged else plan.sizes.expert_bytes
             self.spac._member = _governor.admit(plan.limit_bytes, plan.sizes.floor_bytes if paged else 0, need)
             self._stack.callback(_governor.release, self.spac._member)  # after the model is freed
         model = seam.Model(
@@ -329,7 +341,7 @@ class Llama(llama_cpp.Llama):
             on_progress=self._on_progress,
         )
         self.spac._model = model
-        self._stack.callback(self.spac._detach)  # before the model is freed: what closes it is entered after this
+        self._stack.callback(self.spac._detach)
         return model
 
     def _make_context(self, *, model: seam.Model, params: Any, verbose: bool) -> seam.Context:
@@ -428,7 +440,11 @@ class Llama(llama_cpp.Llama):
             from spac.estimator import default_path, fingerprint
 
             model = fingerprint(facts.parts)
-            path = default_path(model) if self._learned == "auto" else Path(self._learned)
+            try:
+                path = default_path(model) if self._learned == "auto" else Path(self._learned).absolute()
+            except OptionError as e:
+                _log.warning("what is learned of experts is not kept: %s", e)
+                return
             foresight.load(path, model)
             self._stack.callback(lambda: foresight.save(path, model) if self.spac.keep_learned else None)
 
@@ -533,4 +549,15 @@ def _leave() -> None:
         context.busy.acquire(timeout=5)
 
 
+def _after_fork() -> None:
+    """In a child: the threads that read and compute are not there, and what they held stays locked."""
+    global _forked
+    if len(_live):
+        _forked = True
+        seam.leave()
+        _governor.leave()
+        _live.clear()
+
+
 atexit.register(_leave)
+os.register_at_fork(after_in_child=_after_fork)

@@ -218,8 +218,8 @@ class Context(_StockContext):  # type: ignore[misc]
                 control.spac_cancel(self.spac_context)
 
     def forget_cancel(self) -> None:
-        """Undo a cancel that no decode has seen yet."""
-        with self._lock:
+        """Undo a cancel that no decode has seen yet. Waits for a running one: it must see its own end."""
+        with self.busy, self._lock:
             if self.spac_context is not None:
                 control.take_error(self.spac_context)
 

@@ -407,6 +407,18 @@ def test_a_prompt_longer_than_the_context(llama: spac.Llama) -> None:
         llama.eval([300] * 513)
 
 
+@pytest.mark.parametrize("n_ctx", [100, 1000])
+def test_a_context_of_any_length(model_path: Path, n_ctx: int) -> None:
+    """llama.cpp makes it a multiple of 256, and all of that can be used."""
+    with contextlib.closing(load(model_path, n_ctx=n_ctx)) as llama:
+        whole = llama.n_ctx()
+        assert whole == -(-n_ctx // 256) * 256
+        llama.eval([300] * whole)
+        assert llama.n_tokens == whole
+        with pytest.raises(spac.DecodeError, match="do not fit"):
+            llama.eval([300])
+
+
 def test_the_budget_cannot_go_below_the_floor(llama: spac.Llama) -> None:
     with pytest.raises(spac.BudgetError, match="floor"):
         llama.spac.cap_experts(4096)
@@ -450,6 +462,40 @@ while llama.spac.stats().reads < int(sys.argv[2]): pass
 """
     result = run_python(code, model_path, n_reads)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_relative_path_and_another_folder(model_path: Path, tmp_path: Path) -> None:
+    code = """
+import os, sys, spac
+llama = spac.Llama("model.gguf", memory="4G", paging="on", n_ctx=256, verbose=False)
+os.chdir("/")
+llama.eval([300] * 20)
+"""
+    (tmp_path / "model.gguf").symlink_to(model_path)
+    result = run_python(code, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_forked_child_leaves_cleanly_and_loads_nothing(model_path: Path) -> None:
+    """The threads of its parent are not there: what they held would never be let go."""
+    code = """
+import os, sys, spac
+llama = spac.Llama(sys.argv[1], memory="4G", paging="on", n_ctx=256, verbose=False)
+llama.eval([300] * 20)
+child = os.fork()
+if child == 0:
+    try:
+        spac.Llama(sys.argv[1])
+    except spac.OptionError as e:
+        print(e)
+    llama.close()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+llama.eval([300] * 20)
+"""
+    result = run_python(code, model_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "start a new one" in result.stdout
 
 
 def test_leaving_with_several_models_open(model_path: Path, dense_path: Path) -> None:

@@ -318,6 +318,12 @@ class LiveBalancer:
         if self.choice is not None and self.choice.drafted == 0 and self.waits_for_reads:
             self.choice = replace(self.choice, drafted=HORIZON)
 
+    def forget_draft(self) -> None:
+        """The draft is closed."""
+        self.has_drafted, self.draft_bytes, self.gives_back = False, 0, False
+        if self.choice is not None:
+            self.choice = replace(self.choice, drafted=0, verified=0)
+
     @property
     def waits_for_reads(self) -> bool:
         """Whether reads take longer than computing. Else the fifth of them that a draft may save is less than drafting."""

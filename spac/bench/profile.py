@@ -88,12 +88,14 @@ def check(profile: Profile, path: Path) -> None:
     Raises:
         OptionError: one has none.
     """
+    if profile.memory is not None and not isinstance(profile.memory, str):
+        raise OptionError(f"{path}: memory is {profile.memory!r}, expected a text such as \"25%\" or \"2G\"")
     memory_bytes(profile.memory, 1 << 30)
     for name in ("read_bytes_per_s", "read_iops", "cores"):
         value = getattr(profile, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise OptionError(f"{path}: {name} is {value!r}, expected a whole number above 0")
-    if profile.cpu_share is not None and not 0 < profile.cpu_share <= 1:
+    if profile.cpu_share is not None and not (isinstance(profile.cpu_share, int | float) and 0 < profile.cpu_share <= 1):
         raise OptionError(f"{path}: cpu_share is {profile.cpu_share!r}, expected more than 0 and at most 1")
 
 

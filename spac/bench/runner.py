@@ -125,7 +125,7 @@ class Bench:
     def _task(self, row: Row, asked: Limits, repeat: int) -> Task:
         options, n = self.options, self.options.prompts_per_run
         chosen = tuple(options.prompts[(repeat * n + i) % len(options.prompts)] for i in range(n)) if options.prompts else (FIXED,)
-        threads = options.threads or asked.cores or default_threads()
+        threads = options.threads or asked.cores or allowed_cores()
         return Task(options.parts[0], self.model_bytes, row, asked, threads, chosen)
 
     # -- one run --
@@ -272,11 +272,6 @@ def outcome(record: dict[str, Any]) -> str:
 def note(text: str) -> None:
     """A line on stderr."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
-
-
-def default_threads() -> int:
-    """Compute threads for all contenders: the processors that this process may use."""
-    return allowed_cores()
 
 
 def short_names(paths: Sequence[Path]) -> dict[str, str]:

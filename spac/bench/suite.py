@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from spac.bench import data
-from spac.bench.profile import Profile, memory_bytes
+from spac.bench.profile import Profile, check, memory_bytes
 from spac.errors import OptionError
 from spac.host.limits import Limits
 
@@ -79,7 +79,7 @@ def _row(path: Path, values: dict[str, Any]) -> Row:
     if unknown or "name" not in values:
         raise OptionError(f"{path}: a row {'needs a name' if not unknown else 'has no setting ' + ', '.join(sorted(unknown))}")
     row = Row(**{**values, "contenders": tuple(values.get("contenders", DEFAULT_CONTENDERS))})
-    memory_bytes(row.memory, 1 << 30)
+    check(row.profile(), path)
     for name in ("prompt_tokens", "tokens", "ctx", "ubatch"):
         if not isinstance(getattr(row, name), int) or getattr(row, name) < (name != "prompt_tokens"):
             raise OptionError(f"{path}: {row.name}: {name} is {getattr(row, name)!r}, expected a whole number")

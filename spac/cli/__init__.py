@@ -5,9 +5,11 @@ Exit codes: 0, 1 (one line on stderr says why), 2 (usage), 130 (interrupted). st
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -64,6 +66,7 @@ def _run(arguments: list[str]) -> int:
         logging.getLogger("spac").setLevel(logging.INFO)
     else:
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort of llama.cpp would start a debugger
+    _prepare_streams()
     try:
         code = app(args=arguments, prog_name="spac", standalone_mode=False)
         sys.stdout.flush()
@@ -81,9 +84,8 @@ def _run(arguments: list[str]) -> int:
         return 1
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:
-        # the reader left; keep Python from complaining when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left
+        _leave_stdout()
         return 1
     except (MemoryError, ImportError, RuntimeError) as e:
         if not _is_out_of_memory(e):
@@ -94,7 +96,26 @@ def _run(arguments: list[str]) -> int:
         if debug:
             raise
         print(f"spac: {e}", file=sys.stderr)
+        _leave_stdout()
         return 1
+
+
+def _prepare_streams() -> None:
+    """Streams that are closed go nowhere, and what an encoding has no place for is replaced."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _leave_stdout() -> None:
+    """What is left for stdout goes there, or nowhere: Python would complain of it when it flushes at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_out_of_memory(e: BaseException) -> bool:

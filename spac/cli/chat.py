@@ -66,6 +66,8 @@ def chat(
     debug: opt.Debug = False,
 ) -> int:
     """Chat with a model. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves."""
+    if system is not None:
+        opt.utf8("the system prompt", system)
     options = opt.LoadOptions(model, memory, ctx, ubatch, threads, store, paging, repack, debug, signals, learned)
     llama, speculation, load_s = opt.load_with_draft(options, opt.DraftOptions(draft, draft_max, horizon))
     from spac.cli.conversation import Conversation
@@ -112,18 +114,23 @@ class Session:
     def step(self) -> bool:
         """One message or command; False at the end."""
         try:
-            message = self.read_message()
+            line = self.read_line(">>> ")
+            message = self.read_message(line) if line is not None else None
         except KeyboardInterrupt:
             note("\nCtrl-D or /bye leaves.")
             return True
-        if message is None:
+        if line is None or message is None:
             if self.interactive:
                 note("")
             return False
-        if message.startswith("/"):
-            return self.command(message)
-        if message.strip():
-            self.answer(message)
+        if line.startswith("/"):
+            return self.command(line)
+        try:
+            if message.strip():
+                self.answer(message)
+        except KeyboardInterrupt:  # before the first token or after the last one
+            self.conversation.take_back()
+            note("\n(stopped)")
         return True
 
     # -- input --
@@ -138,9 +145,9 @@ class Session:
         line = sys.stdin.readline()
         return line.rstrip("\r\n") if line else None
 
-    def read_message(self) -> str | None:
-        line = self.read_line(">>> ")
-        if line is None or not line.lstrip().startswith('"""'):
+    def read_message(self, line: str) -> str | None:
+        """The message that begins with this line; None if the input ends in it."""
+        if not line.lstrip().startswith('"""'):
             return line
         text = line.lstrip()[3:]
         lines = []

@@ -37,24 +37,22 @@ class Conversation:
             return str(self.llama._model.token_get_text(token)) if token >= 0 else ""
 
         self._template_errors: tuple[type[Exception], ...] = (jinja2.TemplateError, ValueError, TypeError)
-        try:
-            self._formatter: Any = Jinja2ChatFormatter(
-                template=template, eos_token=text_of(self.llama.token_eos()), bos_token=text_of(self.llama.token_bos())
-            )
-        except jinja2.TemplateError as e:
-            raise TemplateError(f"{self.llama.model_path}: its chat template cannot be read: {e}") from None
+        self._formatter: Any = Jinja2ChatFormatter(
+            template=template, eos_token=text_of(self.llama.token_eos()), bos_token=text_of(self.llama.token_bos())
+        )
 
     def clear(self) -> None:
         """Forget all turns; the system prompt stays."""
         self.messages.clear()
 
     def ask(self, text: str, max_tokens: int | None = None) -> tuple[list[int], int]:
-        """Add a question; returns the prompt's tokens and how many old turns were dropped for it.
+        """Add a question; returns the prompt's tokens and how many old turns were dropped for it. Of an error nothing is left.
 
         Raises:
-            DecodeError: the question alone does not fit; it is not kept.
+            DecodeError: the question alone does not fit.
             TemplateError: the template refuses it.
         """
+        before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         n_ctx = int(self.llama.n_ctx())
         room = min(n_ctx // 4, max_tokens or n_ctx)
@@ -67,8 +65,8 @@ class Conversation:
                 tokens = self._render()
             if len(tokens) >= n_ctx:
                 raise DecodeError(f"the message has {len(tokens)} tokens, the context only {n_ctx}; shorten it or raise --ctx")
-        except SpacError:
-            self.messages.pop()
+        except BaseException:  # Ctrl-C, too
+            self.messages[:] = before
             raise
         return tokens, dropped
 

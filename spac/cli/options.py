@@ -37,6 +37,19 @@ class Paging(StrEnum):
 STORES = ("auto", "direct", "buffered", "mmap", "mock")  # mock is for tests and not shown
 
 
+def utf8(what: str, text: str) -> str:
+    """The same text: an argument of the command line may hold bytes that are none.
+
+    Raises:
+        SpacError: it is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise SpacError(f"{what} is not UTF-8 text (character {e.start})") from None
+    return text
+
+
 def _check_store(store: str) -> str:
     if store not in STORES:
         raise typer.BadParameter(f"store {store!r} does not exist: use {', '.join(STORES[:-1])}")

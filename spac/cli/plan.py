@@ -88,7 +88,7 @@ def ask(
     if tuned is not None and (memory is None or memory == "auto" or memory.endswith("%")):
         raise OptionError(f"--device {tuned}: give --memory in bytes, too, as 4G: that device's is not in the file")
     limits = limits_of(profile if tuned is None else None, facts)
-    given = parse_memory(memory) if memory is not None else limits.memory_bytes
+    given = (parse_memory(memory, limits.memory_bytes) if memory is not None else None) or limits.memory_bytes
     work = Work.of(facts, (tensor for path in paths for tensor in read_gguf(path).tensors))
     from spac.plan.sizes import measure_default_sizes
 

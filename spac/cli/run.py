@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -68,7 +69,7 @@ def run(
     sampling = Sampling(temp, top_k, top_p, min_p, seed, repeat_penalty, frequency_penalty, presence_penalty, grammar)
     tokens = tokenize(llama, text)
     generation, pieces = generate(llama, tokens, sampling, max_tokens, speculation)
-    with terminal.Interrupts(llama.spac.cancel, speculation.cancel) as interrupts:
+    with terminal.Interrupts(llama.spac.cancel, speculation.cancel) as interrupts, contextlib.closing(pieces):
         try:
             for piece in pieces:
                 if not as_json:
@@ -141,7 +142,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
             raise SpacError(f"{file}: the prompt is not UTF-8 text (byte {e.start})") from None
     if not prompt:
         raise typer.BadParameter("the prompt is empty")
-    return prompt
+    return opt.utf8("the prompt", prompt)
 
 
 def report(llama: Llama, generation: Generation, load_s: float) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def simulate(
         typer.Option(metavar="TRACE", help="Compute times from this trace, all experts in memory; else TRACE.", show_default=False),
     ] = None,
     token_s: Annotated[
-        float | None, typer.Option(min=0, metavar="S", help="Seconds a token takes untraced, all in memory.", show_default=False)
+        float | None, typer.Option(min=1e-6, metavar="S", help="Seconds a token takes untraced, all in memory.", show_default=False)
     ] = None,
     as_json: AsJson = False,
     debug: opt.Debug = False,
@@ -103,24 +103,38 @@ def select(trace: Trace, requests: Requests, tokens: int | None, bundle_bytes: s
     """The part of a trace that was asked for."""
     from dataclasses import replace
 
-    from spac.host.memory import parse_memory
-
     part = trace.of_requests(requests.value)
     if tokens is not None and tokens < part.n_tokens:
         part = part.head(tokens)
     if bundle_bytes is not None:
-        part = replace(part, bundle_bytes=(parse_memory(bundle_bytes) or 0,) * part.n_layers)
+        part = replace(part, bundle_bytes=(n_bytes("--bundle-bytes", bundle_bytes),) * part.n_layers)
     return part
 
 
 def load_reads(path: str, limit: str | None) -> Reads:
     """Measured reads, behind a limit if one is given."""
-    from spac.host.memory import parse_memory
     from spac.trace.timing import Reads, limited
 
     measured = Reads.load(path)
-    per_s = parse_memory(limit) if limit is not None else None
-    return limited(measured, per_s) if per_s else measured
+    return limited(measured, n_bytes("--read-limit", limit)) if limit is not None else measured
+
+
+def n_bytes(option: str, text: str) -> int:
+    """What an option says in bytes.
+
+    Raises:
+        OptionError: it has no meaning.
+    """
+    from spac.errors import OptionError
+    from spac.host.memory import parse_memory
+
+    try:
+        found = None if text.strip().endswith("%") else parse_memory(text)
+    except OptionError:
+        found = None
+    if found is None:
+        raise OptionError(f"{option} {text!r} is not a size: write '13M'")
+    return found
 
 
 def describe(trace: Trace, cache: str, replayed: Replay, model: tuple[Compute, Reads] | None) -> dict[str, Any]:

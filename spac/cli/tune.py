@@ -62,7 +62,7 @@ def tune(
 
 
 def _progress() -> Callable[[str], None] | None:
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         return None
     return lambda text: print(f"\r\x1b[Kmeasuring {text}", end="", file=sys.stderr, flush=True)
 

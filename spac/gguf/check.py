@@ -126,6 +126,10 @@ def check_model(path: str | os.PathLike[str]) -> ModelFacts:
     Raises:
         ModelFileError: one line that says what is wrong, and with which file.
     """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ModelFileError(f"{path}: its name is not UTF-8, which llama.cpp wants: rename it") from None
     first = read_gguf(path)
     files = [first, *_read_other_parts(first)]
     architecture = _architecture(first)

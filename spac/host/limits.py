@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 import spac
+from spac.host.memory import drop_file_cache
 
 _ROOT = Path("/sys/fs/cgroup")
 _SECTOR_BYTES = 512
@@ -113,16 +114,6 @@ def device_read_bytes(device: str | None) -> int | None:
     if device is None:
         return None
     return int(Path(f"/sys/dev/block/{device}/stat").read_text().split()[2]) * _SECTOR_BYTES
-
-
-def drop_page_cache(paths: Sequence[Path]) -> None:
-    """Drops the files' clean pages from the page cache, so that the next run starts cold."""
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
 
 
 def cached_bytes(paths: Sequence[Path]) -> int:
@@ -316,7 +307,7 @@ def run_limited(
     """
     limits = Limits(memory_bytes, read_bytes_per_s, read_iops, cores, cpu_share)
     device = device_of(files[0]) if files else None
-    drop_page_cache(files)
+    drop_file_cache(*map(str, files))
     cached = cached_bytes(files)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(_group(limits, device)) if limits.names() or measure else None

@@ -6,6 +6,7 @@ Knows nothing of models.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
@@ -28,10 +29,13 @@ _UNITS: Final = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 _SIZE: Final = re.compile(r"(?P<number>\d+(\.\d+)?)\s*((?P<unit>[KMGT]?)(I?B)?|(?P<percent>%))", re.IGNORECASE)
 
 
-def parse_memory(value: str | int) -> int | None:
-    """Bytes meant by "4G", "512MiB", "1.5 GB", "50%" (of the machine's memory) or a number; None for "auto".
+def parse_memory(value: str | int, of_bytes: int | None = None) -> int | None:
+    """Bytes meant by "4G", "512MiB", "1.5 GB", "50%" or a number; None for "auto".
 
     K, M, G and T count in 1024s, with or without "B" or "iB".
+
+    Args:
+        of_bytes: of what a percentage is; None: of the machine's memory.
 
     Raises:
         OptionError: the value has no meaning, or is not positive.
@@ -52,7 +56,7 @@ def parse_memory(value: str | int) -> int | None:
     if match["percent"]:
         if number > 100:
             raise OptionError(f"memory {value!r} is more than the machine has")
-        scale = total_bytes() / 100
+        scale = (total_bytes() if of_bytes is None else of_bytes) / 100
     else:
         scale = _UNITS[match["unit"].upper()]
     n_bytes = int(number * scale) if number < 1e12 else sys.maxsize + 1
@@ -61,14 +65,19 @@ def parse_memory(value: str | int) -> int | None:
     return n_bytes
 
 
-def format_bytes(n: int) -> str:
-    """Three significant digits for people: "1.86 GiB", "512 MiB"."""
+def format_bytes(n: int, *, up: bool = False) -> str:
+    """Three significant digits for people: "1.86 GiB", "512 MiB". `up`: never less than it is, as what is needed."""
     size = float(n)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1000 or unit == "GiB":
+        if abs(size) < 999.5 or unit == "GiB":
             break
         size /= 1024
-    return f"{n} B" if unit == "B" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+    if unit == "B":
+        return f"{n} B"
+    if up and size > 0:
+        step = 10.0 ** max(0, 2 - math.floor(math.log10(size)))
+        size = math.ceil(size * step) / step
+    return f"{size:.3g} {unit}" if abs(size) < 999.5 else f"{size:.0f} {unit}"
 
 
 # -- what the machine leaves --

@@ -176,6 +176,9 @@ int spac_model_stats_by_layer(int id, int32_t * layers, uint64_t * hits, uint64_
     if (const int code = with_model(id, model)) {
         return code;
     }
+    if (n > 0 && (!layers || !hits || !misses)) {
+        return fail(SPAC_E_ARGUMENT, "spac_model_stats_by_layer: null");
+    }
     const int n_groups = (int) model->groups.size();
     for (int i = 0; i < std::min(n, n_groups); ++i) {
         layers[i] = model->groups[i]->layer;
@@ -187,14 +190,21 @@ int spac_model_stats_by_layer(int id, int32_t * layers, uint64_t * hits, uint64_
 
 int spac_model_events(int id, uint64_t from, spac_event * events, int n) {
     std::shared_ptr<spac::Model> model;
-    const int code = with_model(id, model);
-    return code != SPAC_OK ? code : model->events.read(from, events, n);
+    if (const int code = with_model(id, model)) {
+        return code;
+    }
+    return n > 0 && !events ? fail(SPAC_E_ARGUMENT, "spac_model_events: null") : model->events.read(from, events, n);
 }
 
 int spac_model_prefetch(int id, const spac_bundle * bundles, int n) {
     std::shared_ptr<spac::Model> model;
-    const int code = with_model(id, model);
-    return code != SPAC_OK ? code : guarded([&] { return Library::get().pager.prefetch(*model, bundles, n); });
+    if (const int code = with_model(id, model)) {
+        return code;
+    }
+    if (n > 0 && !bundles) {
+        return fail(SPAC_E_ARGUMENT, "spac_model_prefetch: null");
+    }
+    return guarded([&] { return Library::get().pager.prefetch(*model, bundles, n); });
 }
 
 int spac_model_foresee(int id, const float * now, const float * later, const float * rest, int n, float read_from) {
@@ -260,13 +270,17 @@ bool spac_abort_callback(void * data) {
 }
 
 void spac_cancel(spac_context * context) {
-    context->stop(SPAC_E_CANCELLED, 0, "", 0, 0);
-    Library::get().pager.wake();
+    if (context) {
+        context->stop(SPAC_E_CANCELLED, 0, "", 0, 0);
+        Library::get().pager.wake();
+    }
 }
 
 int spac_context_take_error(spac_context * context, spac_error * error) {
-    const int code = check_size(error, "spac_error");
-    return code != SPAC_OK ? code : Library::get().pager.take_error(*context, *error);
+    if (const int code = check_size(error, "spac_error")) {
+        return code;
+    }
+    return !context ? fail(SPAC_E_ARGUMENT, "spac_context_take_error: null") : Library::get().pager.take_error(*context, *error);
 }
 
 //

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -76,7 +77,10 @@ Group & group_of(Model & model, const Name & name) {
     return *model.groups.back();
 }
 
-ModelFile * file_of(Model & model, const char * path) {
+ModelFile * file_of(Model & model, const char * given) {
+    std::error_code none;
+    const std::filesystem::path whole = std::filesystem::absolute(given, none);  // it is looked at again, wherever the process is then
+    const std::string path = none ? std::string(given) : whole.string();
     for (auto & file : model.files) {
         if (file->path == path) {
             return file.get();

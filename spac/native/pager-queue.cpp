@@ -2,8 +2,10 @@
 #include "pager.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <new>
 
 namespace spac {
 
@@ -13,6 +15,7 @@ static constexpr double near_head = 8;
 
 // Deadlines: 0 the op being computed, 1 and 2 its layer's other tensors, then prefetches.
 static constexpr int prefetch_deadline = 3;
+static constexpr int latest_deadline   = 1 << 20;  // of those
 
 bool Pager::Job::ahead() const {
     return deadline >= prefetch_deadline;
@@ -185,8 +188,13 @@ void Pager::read(const Job & job, int piece, Lock & lock) {
     const size_t  at     = tensor.piece_begin(piece);
     lock.unlock();
     const auto begin = std::chrono::steady_clock::now();
-    const ReadResult result = model.store->read(*tensor.file, tensor.slice_data(job.expert) + at, tensor.piece_length(piece),
-                                                tensor.slice_offset(job.expert) + at, tensor.repacker.get());
+    ReadResult result;
+    try {
+        result = model.store->read(*tensor.file, tensor.slice_data(job.expert) + at, tensor.piece_length(piece),
+                                   tensor.slice_offset(job.expert) + at, tensor.repacker.get());
+    } catch (const std::bad_alloc &) {
+        result.os_error = ENOMEM;
+    }
     const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
     lock.lock();
     model.read_ns.fetch_add((uint64_t) ns, std::memory_order_relaxed);
@@ -272,7 +280,7 @@ int Pager::prefetch(Model & model, const spac_bundle * bundles, int n) {
             model.policy->expect(group->index, e, bundles[i].utility);
             const double rank = -model.policy->worth(group->index, e);
             for (PagedTensor * part : group->parts) {
-                enqueue(*part, e, prefetch_deadline + std::max(0, bundles[i].deadline), rank, nullptr);
+                enqueue(*part, e, prefetch_deadline + std::clamp(bundles[i].deadline, 0, latest_deadline), rank, nullptr);
             }
         }
     }
@@ -290,7 +298,7 @@ int Pager::foresee(Model & model, const Foresight & foresight) {
     for (const auto & group : model.groups) {
         model.policy->foresee(group->index, foresight.now + at, foresight.later + at, foresight.rest + at);
         for (int e = 0; e < group->n_experts; ++e) {
-            if (foresight.now[at + e] < foresight.read_from) {
+            if (!(foresight.now[at + e] >= foresight.read_from)) {
                 continue;
             }
             for (PagedTensor * part : group->parts) {

@@ -31,7 +31,6 @@ void Model::arrange() {
         group.parts.push_back(tensor.get());
         expert_bytes += (uint64_t) tensor->n_experts * tensor->slice_bytes;
     }
-    reserve();
     std::vector<int> n_experts_by_group;
     for (size_t i = 0; i < groups.size(); ++i) {
         Group & group = *groups[i];
@@ -43,15 +42,18 @@ void Model::arrange() {
             group.bundles[expert].expert = expert;
         }
         n_experts = std::max(n_experts, group.n_experts);
-        for (int expert = 0; expert < group.n_experts; ++expert) {
+    }
+    policy = std::make_unique<Policy>(n_experts_by_group);
+    reserve();
+    for (const auto & group : groups) {
+        for (int expert = 0; expert < group->n_experts; ++expert) {
             uint64_t bytes = 0;
-            for (PagedTensor * part : group.parts) {
+            for (PagedTensor * part : group->parts) {
                 bytes += expert < part->n_experts ? part->slot_bytes : 0;
             }
             max_bundle_bytes = std::max(max_bundle_bytes, bytes);
         }
     }
-    policy = std::make_unique<Policy>(n_experts_by_group);
 }
 
 // One size of slots for all slices of one size, wherever in a page they begin: so that they can leave them to each other.
@@ -129,8 +131,7 @@ void Pager::remove_model(Model & model) {
             }
         }
         contexts_.erase(&model.default_context);
-        notify_work();
-        arrived_.notify_all();  // there is room for others
+        follow_budget(lock);  // its floor counts no more, and there is room for others
         if (models_.empty()) {
             stopping_ = true;
             retired.swap(threads_);

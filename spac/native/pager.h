@@ -81,7 +81,7 @@ struct Model {
     }
 
     // Sorts tensors into groups, computes the sizes and reserves the slots; before the model is added to a pager. Throws if there is no
-    // address space for them.
+    // address space for them: then it may be added and removed all the same, but nothing of it can be read.
     void arrange();
 
   private:

@@ -932,6 +932,38 @@ TEST_CASE("a model whose load failed stops whoever decodes with it") {
     CHECK(taken(pager, m.model->default_context).code == SPAC_E_BUDGET);
 }
 
+TEST_CASE("a model that found no room harms no other, and goes") {
+    TestModel m;
+    Pager     pager(m.model->floor_bytes());
+    pager.add_model(m.model, 1);
+    Shape shape;
+    shape.store    = SPAC_STORE_MMAP;
+    shape.arranged = false;
+    TestModel none(shape);
+    none.store->no_room = true;
+    CHECK_THROWS_AS(none.model->arrange(), std::bad_alloc);
+    pager.add_model(none.model, 1);
+    std::mt19937 random(7);
+    for (auto & tensor : m.model->tensors) {
+        const Outcome outcome = compute(pager, m, *tensor, nullptr, random_tokens(random, 8, 4, 8), 2);
+        CHECK(outcome.n_wrong + outcome.n_skipped == 0);
+    }
+    CHECK(m.model->evictions > 0);
+    pager.remove_model(*none.model);
+    pager.remove_model(*m.model);
+}
+
+TEST_CASE("a guess of no certain worth is not read") {
+    TestModel m;
+    Pager     pager(plenty);
+    pager.add_model(m.model, 0);
+    const std::vector<float> none((size_t) m.model->n_bundles(), 0), rest(none.size(), 1);
+    CHECK(pager.foresee(*m.model, { none.data(), none.data(), rest.data(), std::nanf("") }) == 0);
+    CHECK(m.prefetch(pager, 0, 1, 1, INT32_MAX) == 2);  // the latest of all, and no demand
+    CHECK(pager.run_one_read());
+    CHECK(m.model->ahead_reads == 1);
+}
+
 //
 // threads
 //

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <filesystem>
 #include <functional>
+#include <new>
 #include <random>
 
 #include <sys/mman.h>
@@ -93,6 +94,7 @@ class TestStore : public Store {
     std::function<void()> on_read;                          // set before there are threads
     std::atomic<uint64_t> bad_offset{ (uint64_t) -1 };      // the read that begins here fails with EIO
     std::atomic<int>      bad_every{ 0 };                   // n > 0: so does every n-th read
+    bool                  no_room = false;                  // no address space for a mapping
 
     explicit TestStore(std::unique_ptr<Store> inner) : inner_(std::move(inner)) {}
 
@@ -100,6 +102,9 @@ class TestStore : public Store {
     int open(ModelFile & file) const override { return inner_->open(file); }
     bool maps() const override { return inner_->maps(); }
     std::shared_ptr<uint8_t> map(const ModelFile & file, size_t length, uint64_t offset) const override {
+        if (no_room) {
+            throw std::bad_alloc();
+        }
         return inner_->map(file, length, offset);
     }
     ReadResult read_in_place(const ModelFile & file, void * address, size_t length, uint64_t offset) override {
@@ -138,6 +143,7 @@ struct Shape {
     size_t   slice_bytes = 2 * page_size();
     uint64_t offset      = page_size();
     int      store       = SPAC_STORE_MOCK;
+    bool     arranged    = true;
 
     uint64_t bytes() const { return (uint64_t) n_layers * n_parts * n_experts * slice_bytes; }
 };
@@ -178,7 +184,9 @@ struct TestModel {
                 offset += bytes;
             }
         }
-        model->arrange();
+        if (shape.arranged) {
+            model->arrange();
+        }
     }
 
     PagedTensor & tensor(int layer, int part) { return *model->groups[layer]->parts[part]; }

@@ -122,16 +122,16 @@ def _whole(limit_bytes: int, base_bytes: int, sizes: Sizes) -> int:
 def least_limit_bytes(base_bytes: int, sizes: Sizes) -> int:
     """The smallest limit that a paged model runs in, or a dense one at all."""
     fixed = _fixed(0, base_bytes, sizes) + (sizes.floor_bytes if sizes.expert_bytes else 0)
-    return _with_reserve(max(fixed, _loading(0, base_bytes, sizes)))
+    return with_reserve(max(fixed, _loading(0, base_bytes, sizes)))
 
 
 def whole_limit_bytes(base_bytes: int, sizes: Sizes) -> int:
     """The smallest limit in which nothing is paged."""
-    return _with_reserve(_whole(0, base_bytes, sizes))
+    return with_reserve(_whole(0, base_bytes, sizes))
 
 
-def _with_reserve(n_bytes: int) -> int:
-    """The limit whose reserve leaves so much, the constant part of the reserve counted already."""
+def with_reserve(n_bytes: int) -> int:
+    """A limit, or what must be added to one, that leaves so much beside its reserve, whose constant part is counted already."""
     return -(-n_bytes * PAGE_TABLE_DIVISOR // (PAGE_TABLE_DIVISOR - 1)) + 1
 
 
@@ -163,7 +163,7 @@ def make_plan(limit_bytes: int, base_bytes: int, sizes: Sizes, *, paging: Paging
         return plan(paged=False, direct_io=whole + sizes.file_bytes > limit_bytes)
     budget = min(limit_bytes - fixed, sizes.expert_bytes)
     if sizes.expert_bytes == 0 or budget < sizes.floor_bytes or loading > limit_bytes:
-        raise BudgetError(_needs(limit_bytes, fixed, loading, sizes, n_ctx, automatic))
+        raise BudgetError(_needs(limit_bytes, base_bytes, sizes, n_ctx, automatic))
     return plan(paged=True, direct_io=True, budget=budget)
 
 
@@ -192,11 +192,18 @@ def fit(
     smaller = paged_ubatch(n_ubatch, limit_bytes, base_bytes, sizes)
     if automatic_ubatch and smaller < n_ubatch and paging != "off":
         n_ubatch, sizes = smaller, measure(smaller)
-    return n_ubatch, make_plan(limit_bytes, base_bytes, sizes, paging=paging, n_ctx=n_ctx, automatic=automatic)
+    while True:
+        try:
+            return n_ubatch, make_plan(limit_bytes, base_bytes, sizes, paging=paging, n_ctx=n_ctx, automatic=automatic)
+        except BudgetError:
+            if not automatic_ubatch or n_ubatch <= MIN_UBATCH:
+                raise
+        n_ubatch = max(MIN_UBATCH, n_ubatch // 2)
+        sizes = measure(n_ubatch)
 
 
-def _needs(limit_bytes: int, fixed: int, loading: int, sizes: Sizes, n_ctx: int, automatic: bool) -> str:
-    least = max(fixed + sizes.floor_bytes, loading)
+def _needs(limit_bytes: int, base_bytes: int, sizes: Sizes, n_ctx: int, automatic: bool) -> str:
+    fixed, loading = _fixed(limit_bytes, base_bytes, sizes), _loading(limit_bytes, base_bytes, sizes)
     process = fixed - sizes.dense_bytes - sizes.context_bytes - sizes.compute_bytes
     parts = [
         f"dense weights {format_bytes(sizes.dense_bytes)}",
@@ -209,4 +216,5 @@ def _needs(limit_bytes: int, fixed: int, loading: int, sizes: Sizes, n_ctx: int,
     if loading > fixed + sizes.floor_bytes:
         parts.append(f"while loading {format_bytes(sizes.staging_bytes)} more")
     limit = format_bytes(limit_bytes) + (" available" if automatic else " given")
-    return f"needs at least {format_bytes(least)} of memory, {limit}: {', '.join(parts)}; lower --ctx or --ubatch, or raise --memory"
+    least = format_bytes(least_limit_bytes(base_bytes, sizes), up=True)
+    return f"needs at least {least} of memory, {limit}: {', '.join(parts)}; lower --ctx or --ubatch, or raise --memory"

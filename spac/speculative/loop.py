@@ -172,6 +172,7 @@ class Speculation:
         if self.draft is not None and balancer is not None and balancer.gives_back:
             draft, self.draft = self.draft, None
             self.stats.given_back_bytes = draft.held_bytes
+            balancer.forget_draft()
             _log.info("the draft is closed: its %s are worth more to this model's experts", format_bytes(draft.held_bytes))
             draft.close()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spac import control
+from spac.errors import LibraryError
 from spac.stats import RoutedLayer
 from spac.trace.format import PHASES, Array, Trace
 
@@ -93,10 +94,12 @@ class Recorder:
 
     def _add(self, batch: _Batch, records: list[RoutedLayer]) -> None:
         begins = [i for i, record in enumerate(records) if i == 0 or record.layer <= records[i - 1].layer]
+        ubatches = [records[begin:end] for begin, end in zip(begins, [*begins[1:], len(records)], strict=True)]
+        lengths = [max(len(record.ids) for record in layers) for layers in ubatches]
+        if sum(lengths) > len(batch.token_ids):
+            raise LibraryError(f"{self._facts.path}: a layer routes more than once: such a model cannot be traced")
         first = 0
-        for begin, end in zip(begins, [*begins[1:], len(records)], strict=True):
-            layers = records[begin:end]
-            n = max(len(record.ids) for record in layers)
+        for layers, n in zip(ubatches, lengths, strict=True):
             self._add_ubatch(batch, first, n, layers)
             first += n
 

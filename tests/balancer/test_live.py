@@ -138,6 +138,18 @@ def test_a_draft_goes_where_experts_make_more_of_its_memory(balancer: LiveBalanc
     assert balancer.gives_back == gives_back
 
 
+def test_a_draft_that_is_gone_is_planned_for_no_more(balancer: LiveBalancer) -> None:
+    balancer.draft_bytes = 300 * MIB
+    feed(balancer, WAITING, live.FIRST_PLAN)
+    planned(balancer, 1)
+    balancer.forget_draft()
+    for _ in range(live.MOST_STEPS):
+        balancer.decoded(WAITING)
+    planned(balancer, 2)
+    assert balancer.choice is not None
+    assert (balancer.choice.drafted, balancer.choice.verified, balancer.gives_back) == (0, 0, False)
+
+
 def test_without_a_draft_nothing_is_drafted(balancer: LiveBalancer) -> None:
     for _ in range(live.FIRST_PLAN):
         balancer.decoded(WAITING)

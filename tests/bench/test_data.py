@@ -42,6 +42,8 @@ def test_fewer_cores_get_a_larger_share(monkeypatch: pytest.MonkeyPatch) -> None
         ("cores = 0\n[sources]\ncores = 'x'", "cores is 0"),
         ("cpu_share = 2\n[sources]\ncpu_share = 'x'", "cpu_share is 2"),
         ('memory = "lots"\n[sources]\nmemory = "x"', "not a size"),
+        ("memory = 8000000000\n[sources]\nmemory = 'x'", "memory is 8000000000, expected a text"),
+        ("cpu_share = 'x'\n[sources]\ncpu_share = 'x'", "cpu_share is 'x'"),
         ("memory = ", "not a TOML file"),
     ],
 )
@@ -99,6 +101,8 @@ def test_rows_of_a_profile_are_all_combinations() -> None:
         ("[[row]]\nname = 'x'\nspeed = 1", "no setting speed"),
         ("[[row]]\nname = 'x'\ntokens = 0", "tokens is 0"),
         ("[[row]]\nname = 'x'\nmemory = 'much'", "not a size"),
+        ("[[row]]\nname = 'x'\nmemory = 8", "memory is 8, expected a text"),
+        ("[[row]]\nname = 'x'\ncores = 0", "cores is 0"),
     ],
 )
 def test_a_suite_that_is_none(tmp_path: Path, text: str, words: str) -> None:

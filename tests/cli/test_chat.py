@@ -112,6 +112,7 @@ def test_several_lines(talk: Callable[..., Any]) -> None:
     _, prompts = talk('"""a\nb\n"""\n"""c"""\n', "x", "y")
     assert prompts[0] == "u:a\nb|a:"
     assert prompts[1].endswith("u:c|a:")
+    assert talk('"""/bye"""\n', "x")[1] == ["u:/bye|a:"]  # no command
 
 
 def test_clear_forgets(talk: Callable[..., Any]) -> None:
@@ -158,6 +159,24 @@ def test_a_message_longer_than_the_context(talk: Callable[..., Any]) -> None:
     result, prompts = talk("x" * 100 + "\nhi\n", "y")
     assert prompts == ["u:hi|a:"]
     assert "shorten it or raise --ctx" in result.err
+    _, prompts = talk("one\n" + "x" * 100 + "\ntwo\n", "y", "z")
+    assert prompts == ["u:one|a:", "u:one|a:y|u:two|a:"]
+
+
+def test_ctrl_c_before_the_answer_begins(talk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a long history is read: that message is forgotten, the chat goes on."""
+    tokenize = FakeLlama.tokenize
+
+    def interrupted(self: FakeLlama, text: bytes, **options: object) -> list[int]:
+        if b"two" in text:
+            raise KeyboardInterrupt
+        return tokenize(self, text, **options)
+
+    monkeypatch.setattr(FakeLlama, "tokenize", interrupted)
+    result, prompts = talk("one\ntwo\nthree\n", "x", "y")
+    assert result.code == 0
+    assert "(stopped)" in result.err
+    assert prompts == ["u:one|a:", "u:one|a:x|u:three|a:"]
 
 
 def test_a_failed_answer_is_taken_back(talk: Callable[..., Any]) -> None:

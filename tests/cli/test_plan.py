@@ -118,6 +118,8 @@ def test_a_device_limits_reads_cores_and_memory(cli: Cli, model_path: Path) -> N
     free, sd = (json.loads(cli("plan", model_path, *arguments, "--json").out) for arguments in ((), ("--device", "pi5-sd")))
     assert sd["budget"]["limit_bytes"] == 7 << 30
     assert sd["decode_tokens_per_s"] < free["decode_tokens_per_s"]
+    half = json.loads(cli("plan", model_path, "--device", "pi5-sd", "--memory", "50%", "--json").out)
+    assert half["budget"]["limit_bytes"] == 7 << 29  # of the device's
     out = cli("plan", model_path, "--device", "pi5-sd").out
     assert "reads limited to 90 MB/s" in out
 

@@ -255,6 +255,37 @@ def test_a_read_that_fails(cli: Cli, model_path: Path, monkeypatch: pytest.Monke
     assert str(model_path) in line
 
 
+@pytest.mark.parametrize("command", [("run", "-p"), ("chat", "--system")])
+def test_text_that_is_not_utf8(cli: Cli, model_path: Path, command: tuple[str, str]) -> None:
+    assert "is not UTF-8 text" in cli(command[0], model_path, command[1], os.fsdecode(b"caf\xe9")).line
+
+
+def test_a_name_that_is_not_utf8(cli: Cli, model_path: Path, tmp_path: Path) -> None:
+    name = tmp_path / os.fsdecode(b"caf\xe9.gguf")
+    name.symlink_to(model_path)
+    assert "its name is not UTF-8" in cli("run", name, "-p", "x").line
+
+
+def test_a_chat_template_that_cannot_be_read(cli: Cli, model_path: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    whole = model_path.read_bytes()
+    assert whole.count(b"{%- for") + whole.count(b"{% for") > 0
+    damaged.write_bytes(whole.replace(b"{%- for", b"{%- fur", 1).replace(b"{% for", b"{% fur", 1))
+    assert "damaged.gguf: its chat template cannot be read" in cli("run", damaged, "-p", "x", *GREEDY).line
+
+
+def test_without_a_home_nothing_is_kept(cli: Cli, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", none)
+    result = cli("run", model_path, "-p", PROMPT, *GREEDY, "--paging", "on")
+    assert result.code == 0
+    assert result.out.strip()
+    assert "set XDG_CACHE_HOME" in cli("tune").line
+
+
 # -- limits and signals: in processes of their own --
 
 
@@ -313,6 +344,27 @@ def test_a_reader_that_leaves(model_path: Path) -> None:
     process.stdout.close()
     assert process.wait(60) in (0, 1)
     assert process.stderr.read() == ""
+
+
+def test_streams_that_are_closed_or_narrow(model_path: Path) -> None:
+    """`spac run >&-`, and an encoding that has no place for the answer."""
+    command = ["run", model_path, "-p", "\u2603 is a snowman. \u2603", *GREEDY]
+    _, err = spawn(*command, "--stats", preexec_fn=lambda: os.close(1)).communicate(timeout=60)
+    assert "decode" in err
+    assert "Traceback" not in err
+    for arguments in (command, [*command, "--json"], ["inspect", model_path]):
+        process = spawn(*arguments, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        assert out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_below_stdout(model_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "spac", "inspect", str(model_path)], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.parametrize(

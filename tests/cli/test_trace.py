@@ -121,6 +121,8 @@ def test_files_that_are_no_traces(cli: Cli, tmp_path: Path, command: str, name: 
         ("--cache", "none"),
         ("--cache", "0"),
         ("--bundle-bytes", "huge"),
+        ("--bundle-bytes", "auto"),
+        ("--bundle-bytes", "1M", "--reads", __file__.replace("test_trace.py", "missing"), "--read-limit", "auto"),
         ("--reads", "/nowhere"),
         ("--requests", "odd"),
     ],

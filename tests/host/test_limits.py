@@ -14,6 +14,7 @@ import pytest
 import spac
 from spac.host import limits
 from spac.host.limits import Limits, run_limited
+from spac.host.memory import drop_file_cache
 
 ALL = Limits(memory_bytes=1 << 30, read_bytes_per_s=90_000_000, read_iops=5000, cores=1, cpu_share=0.4)
 FIRST = str(min(os.sched_getaffinity(0)))
@@ -160,7 +161,7 @@ def test_dropping_the_page_cache_is_seen(tmp_path: Path) -> None:
     if limits.device_of(path) is None:
         pytest.skip("the temporary folder is not on a disk")
     assert limits.cached_bytes([path]) == 1 << 20
-    limits.drop_page_cache([path])
+    drop_file_cache(str(path))
     assert limits.cached_bytes([path]) < 1 << 20
 
 

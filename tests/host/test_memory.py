@@ -68,3 +68,8 @@ def test_sizes_for_people() -> None:
     assert memory.format_bytes(512) == "512 B"
     assert memory.format_bytes(1 << 20) == "1 MiB"
     assert memory.format_bytes(int(1.86 * GIB)) == "1.86 GiB"
+    assert memory.format_bytes(int(999.9 * (1 << 20))) == "0.976 GiB"
+    assert memory.format_bytes(1100 * GIB) == "1100 GiB"
+    assert memory.format_bytes(int(1.861 * GIB), up=True) == "1.87 GiB"
+    assert memory.format_bytes((1 << 20) + 1, up=True) == "1.01 MiB"
+    assert memory.format_bytes(300 << 20, up=True) == "300 MiB"

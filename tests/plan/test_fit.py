@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spac.errors import BudgetError
 from spac.governor import Governor
-from spac.host.memory import GIB, MIB
-from spac.plan.fit import Sizes, make_plan, paged_ubatch, reserve_bytes
+from spac.host.memory import GIB, MIB, parse_memory
+from spac.plan.fit import Sizes, fit, make_plan, paged_ubatch, reserve_bytes
 
 SIZES = Sizes(
     dense_bytes=1100 * MIB, expert_bytes=16 * GIB, context_bytes=400 * MIB, compute_bytes=200 * MIB, staging_bytes=100 * MIB,
@@ -51,7 +53,7 @@ def test_what_cannot_be_met_says_what_would() -> None:
     with pytest.raises(BudgetError) as caught:
         make_plan(GIB, BASE, SIZES, paging="auto", n_ctx=8192)
     text = str(caught.value)
-    for part in ("at least 1.87 GiB", "1 GiB given", "dense weights 1.07 GiB", "context of 8192 tokens 400 MiB", "compute 200 MiB",
+    for part in ("at least 1.88 GiB", "1 GiB given", "dense weights 1.07 GiB", "context of 8192 tokens 400 MiB", "compute 200 MiB",
                  "expert floor 100 MiB", "lower --ctx or --ubatch, or raise --memory"):  # fmt: skip
         assert part in text
 
@@ -67,6 +69,36 @@ def test_the_named_amount_is_enough_and_no_more() -> None:
         except BudgetError:
             low = middle
     assert make_plan(high, BASE, SIZES, paging="auto", n_ctx=8192).expert_budget_bytes - SIZES.floor_bytes < 8192
+
+
+@given(st.integers(1, 20 << 30), st.integers(64 * MIB, GIB))
+def test_what_a_refusal_asks_for_is_enough(dense_bytes: int, limit_bytes: int) -> None:
+    """As it is written, rounded: with it the model loads."""
+    sizes = dataclasses.replace(SIZES, dense_bytes=dense_bytes)
+    with pytest.raises(BudgetError) as caught:
+        make_plan(min(limit_bytes, dense_bytes), BASE, sizes, paging="on", n_ctx=8192)
+    words = str(caught.value).split()
+    enough = parse_memory(words[3] + words[4])
+    assert enough is not None
+    assert make_plan(enough, BASE, sizes, paging="on", n_ctx=8192).paged
+
+
+def test_a_ubatch_gets_smaller_before_a_model_is_refused() -> None:
+    """At 1.96 GiB an eighth is more than the buffers of 512 tokens, which leave less than the floor all the same."""
+    measured = []
+
+    def measure(n_ubatch: int) -> Sizes:
+        measured.append(n_ubatch)
+        return dataclasses.replace(SIZES, compute_bytes=n_ubatch * 480 << 10)
+
+    options = {"paging": "on", "n_ctx": 8192}
+    n_ubatch, plan = fit(1900 * MIB, BASE, measure, 512, automatic_ubatch=True, **options)
+    assert n_ubatch == measured[-1] < 512
+    assert plan.paged
+    with pytest.raises(BudgetError):
+        fit(1900 * MIB, BASE, measure, 512, automatic_ubatch=False, **options)
+    with pytest.raises(BudgetError, match="compute 15 MiB"):
+        fit(GIB, BASE, measure, 512, automatic_ubatch=True, **options)
 
 
 def test_a_paged_ubatch_leaves_memory_to_experts() -> None:
@@ -133,16 +165,19 @@ def test_buffers_that_a_decode_cannot_touch_belong_to_experts() -> None:
 
 def test_a_limit_may_change_but_not_below_what_is_loaded() -> None:
     process = Process()
+    process.governor.admit(3 * GIB, 0, 0)  # the process's limit, whatever each was loaded with
     member = process.governor.admit(2 * GIB, 50 * MIB, 0)
     before = process.governor.settle(member, 50 * MIB, 0, 512)
-    process.governor.limit(member, GIB)
+    process.governor.limit(GIB)
     assert process.budget == before - GIB - (reserve_bytes(GIB) - reserve_bytes(2 * GIB))
     now = process.budget
     with pytest.raises(BudgetError, match="it needs"):
-        process.governor.limit(member, 520 * MIB)
+        process.governor.limit(520 * MIB)
     assert process.budget == now
-    process.governor.limit(member, 2 * GIB)
+    process.governor.limit(2 * GIB)
     assert process.budget == before
+    process.governor.limit(4 * GIB)
+    assert process.budget == before + 2 * GIB - (reserve_bytes(4 * GIB) - reserve_bytes(2 * GIB))
 
 
 def test_memory_is_watched_while_something_is_paged() -> None:

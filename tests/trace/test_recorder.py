@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import spac
+from spac.errors import LibraryError
+from spac.gguf.check import check_model
+from spac.stats import RoutedLayer
+from spac.trace.recorder import Recorder, _Batch
 from spac.trace.simulation import replay
+from tests.conftest import MODELS
 
 PROMPT = list(range(100, 140))
 
@@ -85,3 +91,14 @@ def test_a_dense_model_records_nothing(dense_path: Path) -> None:
     assert llama.spac.recorder is not None
     assert llama.spac.recorder.trace().n_tokens == 0
     llama.close()
+
+
+def test_a_router_that_is_asked_twice_is_refused() -> None:
+    """Some models route twice in a block: such records would be taken for two ubatches."""
+    batch = _Batch([5, 6], [0, 1], [False, True], 0, 0, 0.1)
+    recorder = Recorder(check_model(MODELS / "spac-demo-moe.gguf"))
+    layers = [RoutedLayer(layer, np.zeros((2, 4), np.uint16), np.zeros((2, 4), np.float32), 0.0) for layer in (0, 0, 1, 1)]
+    with pytest.raises(LibraryError, match="routes more than once"):
+        recorder._add(batch, layers)
+    assert recorder.trace().n_tokens == 0
+    recorder.close()

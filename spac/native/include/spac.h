@@ -313,12 +313,12 @@ SPAC_API int spac_model_foresee(int model, const float * now, const float * late
 SPAC_API int spac_model_evict_all(int model);                                     // for measuring cold; returns slices dropped
 SPAC_API int spac_mock_fail_reads(int model, int after, int count, int os_error); // SPAC_STORE_MOCK only
 
-// -- contexts: give spac_abort_callback and the handle to llama_context_params --
+// -- contexts: give spac_abort_callback and the handle to llama_context_params, or a failed read is not told --
 SPAC_API spac_context * spac_context_new(bool (*user_callback)(void *), void * user_data);  // user_callback may be NULL: chained
 SPAC_API void           spac_context_free(spac_context * context);                          // after llama_free
 SPAC_API bool           spac_abort_callback(void * context);
 SPAC_API void           spac_cancel(spac_context * context);                                // the running or next decode returns 2
-SPAC_API int            spac_context_take_error(spac_context * context, spac_error * error); // fills and clears; returns error->code
+SPAC_API int            spac_context_take_error(spac_context * context, spac_error * error); // fills and clears, between decodes; returns error->code
 
 // -- recording: give spac_recorder_callback and the handle to llama_context_params.cb_eval --
 SPAC_API spac_recorder * spac_recorder_new(void);
