@@ -47,9 +47,11 @@ MOST_DRAFTED: Final = 4
 HORIZON: Final = 4  # tokens, before there is a plan that knows the draft; beyond it a draft is rarely right
 MOST_OF_START: Final = 3  # of what beginning to draft takes, in tokens
 # Part of the misses that one more token's experts save if it is known, by its distance: between what known tokens save in the simulator
-# (docs/benchmarks/lookahead-misses.md, both models, a quarter of the experts) and what drafted ones save live, right or wrong (two 14 %
-# of the bytes, four 18 %: docs/benchmarks/cells/).
+# and what drafted ones save live (two 14 % of the bytes, four 18 %: docs/benchmarks/cells/). A wrong guess saves a part of that, since
+# the token that comes instead shares experts with it: what a real draft saves there is 0.74 to 0.88 of what known tokens do, where 0.62 to
+# 0.74 of its guesses are right (docs/benchmarks/lookahead-misses.md, a quarter of the experts).
 SAVED_BY_KNOWN: Final = (0.09, 0.06, 0.04, 0.04)
+SAVED_BY_WRONG: Final = 0.4  # of that
 GUESSED_SLOPE: Final = 0.25  # computing one more token, in that of one, before it was measured
 GUESSED_LOOKAHEAD: Final = Lookahead(0.05, 0.8)  # before anything was read ahead
 LEAST_DECODES: Final = 8  # that tell what a byte costs
@@ -235,6 +237,7 @@ class Model:
         compute = [mean.get(base_s * (1 + GUESSED_SLOPE * i)) for i, mean in enumerate(measured.compute_s[: n + 1])]
         growth = [mean.get(1.0 + i) for i, mean in enumerate(measured.growth[: n + 1])]
         known = [mean.get() for mean in measured.known] if drafts else []
+        saved = [whole * (chance + (1 - chance) * SAVED_BY_WRONG) for whole, chance in zip(SAVED_BY_KNOWN, known, strict=False)]
         draft_start_s, draft_s = measured.draft.parts()
         recall, precision = measured.recall.get(GUESSED_LOOKAHEAD.recall), measured.precision.get(GUESSED_LOOKAHEAD.precision)
         slice_bytes = self.bundle_bytes // PARTS
@@ -247,7 +250,7 @@ class Model:
             accepted=tuple(min(1.0, mean.get()) for mean in measured.accepted[:n]),
             draft_s=draft_s if drafts else None,
             draft_start_s=draft_start_s if drafts else 0.0,
-            sensed=(0.0, *np.minimum(1.0, np.cumsum([a * b for a, b in zip(SAVED_BY_KNOWN, known, strict=False)])).tolist()),
+            sensed=(0.0, *np.minimum(1.0, np.cumsum(saved)).tolist()),
             lookahead=(Lookahead(0.0, 1.0), Lookahead(min(1.0, recall), min(1.0, precision))),
             in_flight=(1,),
         )

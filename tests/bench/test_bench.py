@@ -86,6 +86,19 @@ def test_limits_are_enforced_and_recorded(bench: Bench, tmp_path: Path) -> None:
     assert not any("came from a cache" in warning or "exceeds the limit" in warning for warning in record["warnings"])
 
 
+def test_a_draft_that_is_only_sensed(bench: Bench, dense_path: Path, tmp_path: Path) -> None:
+    """Tokens are those without it, what it foresaw is in the record, and it is within the limit."""
+    specs = ["spac:paging=on", f"spac:paging=on,draft={dense_path},horizon=2"]
+    result = bench("--contender", specs[0], "--contender", specs[1], "--repeats", 1, "--memory", "150M", "--tokens", 12)
+    assert result.code == 0, result.err
+    alone, drafted = records(tmp_path)
+    assert drafted["prompts"][0]["token_ids"] == alone["prompts"][0]["token_ids"]
+    assert drafted["signals"]["draft"]["used"] > 0 == alone["signals"]["draft"]["used"]
+    assert drafted["expert"]["budget_bytes"] < alone["expert"]["budget_bytes"]
+    if limits.unavailable() is None:
+        assert 0 < drafted["peak_bytes"] <= 150 << 20
+
+
 def test_without_permission_it_says_so_and_runs_unlimited(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_ROOT", tmp_path / "no" / "groups")
     result = bench("--contender", "spac", "--repeats", 1, "--memory", "200M")
