@@ -361,7 +361,7 @@ def test_streams_that_are_closed_or_narrow(model_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_below_stdout(model_path: Path) -> None:
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-m", "spac", "inspect", str(model_path)], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
