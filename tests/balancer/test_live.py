@@ -210,6 +210,18 @@ def test_what_was_not_measured_is_guessed() -> None:
     assert state.growth == pytest.approx((1, 1.5, 3))
 
 
+def test_wrong_guesses_save_less_than_right_ones_and_more_than_none() -> None:
+    def sensed(known: float) -> float:
+        measured = Measured()
+        measured.add(WAITING)
+        measured.drafted([0.5] * 4, [known] * 4, 0.002)
+        return MODEL.state(measured, drafts=True, verifies=True).sensed[-1]
+
+    assert sensed(1.0) == pytest.approx(sum(live.SAVED_BY_KNOWN))
+    assert sensed(0.0) == pytest.approx(live.SAVED_BY_WRONG * sensed(1.0))
+    assert sensed(0.5) == pytest.approx((sensed(0.0) + sensed(1.0)) / 2)
+
+
 @pytest.mark.parametrize("budget", [0, 1, 5 * 12 * MIB, 320 * 12 * MIB, 1 << 50])
 @pytest.mark.parametrize(("stall_s", "misses"), [(0.0, 0), (0.0, 40), (0.2, 0), (0.2, 40), (0.2, 200)])
 def test_any_measurement_is_a_state_that_can_be_planned(budget: int, stall_s: float, misses: int) -> None:
