@@ -29,7 +29,7 @@ from spac.errors import (
 )
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent, StoresProbe
 
-ABI_VERSION: Final = 8
+ABI_VERSION: Final = 9
 EVENT_MAX_EXPERTS: Final = 32
 IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
@@ -343,17 +343,17 @@ def spac_init() -> int: ...
 def spac_buffer_type() -> int | None: ...
 
 
+# void spac_halt(void);
+@_function("spac_halt", [], None)
+def spac_halt() -> None: ...
+
+
 # -- budget of the process --
 
 
 # int spac_budget_set(uint64_t bytes);
 @_function("spac_budget_set", [ctypes.c_uint64], ctypes.c_int)
 def spac_budget_set(n_bytes: int, /) -> int: ...
-
-
-# uint64_t spac_budget_get(void);
-@_function("spac_budget_get", [], ctypes.c_uint64)
-def spac_budget_get() -> int: ...
 
 
 # int spac_pressure_watch(const spac_gauge * gauges, int n);

@@ -547,6 +547,8 @@ def _leave() -> None:
     for llama in list(_live):
         context: Any = llama._ctx
         context.busy.acquire(timeout=5)
+    if not _forked:
+        control.spac_halt()  # reading threads rearrange weights by what static destructors of llama.cpp's libraries end
 
 
 def _after_fork() -> None:

@@ -476,6 +476,23 @@ llama.eval([300] * 20)
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_nothing_is_read_any_more_when_the_process_ends(model_path: Path) -> None:
+    """What rearranges weights goes first when libraries are unloaded: no reading thread may be left then."""
+    code = """
+import atexit, os, sys
+atexit.register(lambda: print(len(os.listdir("/proc/self/task"))))
+import spac
+from spac import control
+llama = spac.Llama(sys.argv[1], memory="4G", paging="on", n_ctx=256, n_threads=1, verbose=False)
+llama.eval([300] * 20)
+print(len(os.listdir("/proc/self/task")) - control.IO_THREADS)
+"""
+    result = run_python(code, model_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    before, after = result.stdout.split()
+    assert before == after
+
+
 def test_a_forked_child_leaves_cleanly_and_loads_nothing(model_path: Path) -> None:
     """The threads of its parent are not there: what they held would never be let go."""
     code = """

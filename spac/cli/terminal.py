@@ -32,7 +32,7 @@ class LoadingBar:
     def __init__(self, model: str) -> None:
         self._name = Path(model).name
         self._shown = -1
-        self._enabled = sys.stderr is not None and sys.stderr.isatty()
+        self._enabled = sys.stderr.isatty()
 
     def __enter__(self) -> LoadingBar:
         self.show(0.0)

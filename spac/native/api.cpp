@@ -70,6 +70,10 @@ void * spac_buffer_type(void) {
     return spac::buffer_type();
 }
 
+void spac_halt(void) {
+    Library::get().pager.halt();
+}
+
 //
 // budget
 //
@@ -77,10 +81,6 @@ void * spac_buffer_type(void) {
 int spac_budget_set(uint64_t bytes) {
     const int code = Library::get().pager.set_budget(bytes);
     return code == SPAC_OK ? code : fail(code, "an expert budget of " + std::to_string(bytes) + " bytes is below a loaded model's floor");
-}
-
-uint64_t spac_budget_get(void) {
-    return Library::get().pager.granted();
 }
 
 int spac_pressure_watch(const spac_gauge * gauges, int n) {

@@ -76,14 +76,49 @@ void Model::reserve() {
 }
 
 Pager::~Pager() {
+    halt();
+}
+
+void Pager::halt() {
+    Lock setup(setup_mutex_);
+    {
+        Lock lock(mutex_);
+        for (auto & model : models_) {
+            drop_reads(*model, lock);
+        }
+    }
+    stop_threads();
+}
+
+void Pager::drop_reads(Model & model, Lock & lock) {
+    for (auto & tensor : model.tensors) {
+        for (int e = 0; e < tensor->n_experts; ++e) {
+            tensor->slices[e].abandoned = true;
+            if (tensor->slices[e].state == State::queued) {
+                dequeue(*tensor, e);
+            }
+        }
+    }
+    for (auto & tensor : model.tensors) {
+        for (int e = 0; e < tensor->n_experts; ++e) {
+            arrived_.wait(lock, [&] { return tensor->slices[e].state != State::reading; });
+        }
+    }
+}
+
+void Pager::stop_threads() {
+    std::vector<std::thread> retired;
     {
         Lock lock(mutex_);
         stopping_ = true;
+        retired.swap(threads_);
     }
     work_.notify_all();
-    for (auto & thread : threads_) {
+    for (auto & thread : retired) {
         thread.join();
     }
+    Lock lock(mutex_);
+    stopping_ = false;
 }
 
 void Pager::add_model(std::shared_ptr<Model> model, int n_io_threads) {
@@ -106,7 +141,7 @@ void Pager::add_model(std::shared_ptr<Model> model, int n_io_threads) {
 
 void Pager::remove_model(Model & model) {
     Lock setup(setup_mutex_);
-    std::vector<std::thread> retired;
+    bool last = false;
     {
         Lock lock(mutex_);
         // nobody queues anything for it any more
@@ -116,33 +151,19 @@ void Pager::remove_model(Model & model) {
                 end_visit(*context);
             }
         }
+        drop_reads(model, lock);
         for (auto & tensor : model.tensors) {
             for (int e = 0; e < tensor->n_experts; ++e) {
-                tensor->slices[e].abandoned = true;
-                if (tensor->slices[e].state == State::queued) {
-                    dequeue(*tensor, e);
-                }
-            }
-        }
-        for (auto & tensor : model.tensors) {
-            for (int e = 0; e < tensor->n_experts; ++e) {
-                arrived_.wait(lock, [&] { return tensor->slices[e].state != State::reading; });
                 evict(*tensor, e);
             }
         }
         contexts_.erase(&model.default_context);
         follow_budget(lock);  // its floor counts no more, and there is room for others
-        if (models_.empty()) {
-            stopping_ = true;
-            retired.swap(threads_);
-        }
+        last = models_.empty();
     }
-    work_.notify_all();
-    for (auto & thread : retired) {
-        thread.join();
+    if (last) {
+        stop_threads();
     }
-    Lock lock(mutex_);
-    stopping_ = false;
 }
 
 void Pager::add_context(spac_context * context) {

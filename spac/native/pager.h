@@ -128,6 +128,7 @@ class Pager {
     // -- set-up --
     void add_model(std::shared_ptr<Model> model, int n_io_threads);
     void remove_model(Model & model);  // waits for its reads in flight
+    void halt();                       // the same for all models' reads; none begins until another model is added
     void add_context(spac_context * context);
     void remove_context(spac_context * context);
     int  take_error(spac_context & context, spac_error & error);  // and forget the layer in which it stopped
@@ -202,6 +203,8 @@ class Pager {
     bool take_piece(Job & job, int & piece);
     void read(const Job & job, int piece, Lock & lock);
     void drop_guesses(Group & group, const std::vector<int32_t> & needed);
+    void drop_reads(Model & model, Lock & lock);  // those in flight end
+    void stop_threads();
     bool serves(const Model & model) const;
     Claim claim(const Job & job) const;
     void read_piece(const Job & job, int piece, Lock & lock);
@@ -224,7 +227,7 @@ class Pager {
     bool evict(PagedTensor & tensor, int expert, const Job * heir = nullptr);
     void release(PagedTensor & tensor, int expert, const Job * heir = nullptr);
 
-    std::mutex              setup_mutex_;  // held over add_model() and remove_model(), before mutex_
+    std::mutex              setup_mutex_;  // held over add_model(), remove_model() and halt(), before mutex_
     std::mutex              mutex_;
     std::condition_variable work_;     // reading threads: a job, room, or the end
     std::condition_variable arrived_;  // compute threads and removers: a slice changed its state

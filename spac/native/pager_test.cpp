@@ -669,6 +669,38 @@ TEST_CASE("removing a model waits for its read in flight, begins no more of it, 
     check_quiet(m);
 }
 
+TEST_CASE("halting drops what is queued, waits for the read in flight, and ends the reading threads") {
+    TestModel         m;
+    Pager             pager(plenty);
+    std::atomic<bool> reading{ false }, go_on{ false }, ended{ false };
+    m.store->on_read = [&] {
+        reading = true;
+        while (!go_on) {
+            std::this_thread::yield();
+        }
+    };
+    pager.add_model(m.model, 1);
+    m.prefetch(pager, 0, 1);
+    while (!reading) {
+        std::this_thread::yield();
+    }
+    std::thread halting([&] {
+        pager.halt();
+        ended = true;
+    });
+    while (m.state(0, 0, 1) == State::queued || m.state(0, 1, 1) == State::queued) {
+        std::this_thread::yield();
+    }
+    CHECK_FALSE(ended);
+    go_on = true;
+    halting.join();
+    CHECK(m.model->reads == 1);
+    m.prefetch(pager, 0, 2);
+    CHECK(read_all(pager) == 2);  // nobody else did
+    pager.remove_model(*m.model);
+    CHECK(pager.used_bytes() == 0);
+}
+
 TEST_CASE("a prefetch for a model that was removed queues nothing") {
     TestModel m;
     Pager     pager(plenty);

@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define SPAC_ABI_VERSION 8
+#define SPAC_ABI_VERSION 9
 #define SPAC_EVENT_MAX_EXPERTS 32  // a token's experts beyond this many are counted, but not named in its event
 
 enum {
@@ -286,13 +286,13 @@ SPAC_API size_t       spac_struct_size(int which);  // 0 for an unknown number
 SPAC_API const char * spac_last_error(void);        // of the calling thread; "" if none; valid until its next failing call
 SPAC_API int          spac_init(void);              // registers with the CPU backend; call before a model loads; idempotent
 SPAC_API void *       spac_buffer_type(void);       // ggml_backend_buffer_type_t for tensor_buft_overrides; NULL before spac_init
+SPAC_API void         spac_halt(void);              // before the process ends: reads in flight end, and none begins
 
 // -- budget of the process --
-SPAC_API int      spac_budget_set(uint64_t bytes);  // evicts down to it before it returns; SPAC_E_BUDGET below a loaded model's floor
-SPAC_API uint64_t spac_budget_get(void);            // what was set
+SPAC_API int spac_budget_set(uint64_t bytes);  // evicts down to it before it returns; SPAC_E_BUDGET below a loaded model's floor
 // Looks from now on, twenty times a second and when tasks wait for memory, whether every gauge leaves its headroom. What is missing is
 // taken from the budget at once, down to the floor at most, and given back slowly. n = 0: no longer
-SPAC_API int      spac_pressure_watch(const spac_gauge * gauges, int n);
+SPAC_API int spac_pressure_watch(const spac_gauge * gauges, int n);
 
 // -- models --
 SPAC_API int spac_load_begin(const spac_options * options);
