@@ -49,13 +49,15 @@ CELL_S: Final = 0.1  # for one size and depth
 VISITS_S: Final = 2.0  # for visits of layers
 CONTENTION_S: Final = 2.0  # for computing while reading
 CONTENTION_TYPE: Final = "Q4_0"
-NOW_S: Final = 0.3  # for reads before a plan, and for visits
+NOW_S: Final = 0.3  # in each round before a plan, for reads, for visits, and for computing
 SLOW: Final = 30  # times as long as was meant: no more batches
-ROUNDS: Final = 3  # in which reads are measured, products between them: disks are not equally fast from second to second
+ROUNDS: Final = 3  # in which reads are measured, with other things between them: disks are not equally fast from second to second
 VISIT_SLICE: Final = 1 * MIB  # of an expert, in a visit of a layer that misses VISIT_MISSING of them
 VISIT_MISSING: Final = 2
 PRODUCT_SHAPE: Final = (2048, 768)  # columns and rows of an expert's matrix, as in models of 30 billion parameters
 PRODUCT_BYTES: Final = 64 * MIB  # more than caches hold
+SIGNAL_SHAPES: Final = ((10, 64), (48, 128))  # layers and experts; the time grows about linearly between them
+SIGNAL_TOKENS: Final = 5
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Device:
             take room from what is evicted, and share the processors with the compute threads.
         contention_s: what computing on all threads loses for each byte that is read meanwhile: reads take processors, of the host
             too where the disk is a virtual one, and memory bandwidth.
+        signals_s: what predicting and learning a decoded token's experts takes, by one thread while no other computes;
+            `signals_expert_s`: and for each expert of all layers.
         memory_bytes_per_s: reading memory, all threads.
         quick: by `probe`.
         measured: when, local time.
@@ -127,6 +131,8 @@ class Device:
     took_s: float = field(default=0.0, compare=False)
     visit_s: float = 0.0
     contention_s: float = 0.0
+    signals_s: float = 0.0
+    signals_expert_s: float = 0.0
 
     @property
     def store(self) -> str:
@@ -210,10 +216,12 @@ def measure(path: Path, *, n_threads: int, progress: Callable[[str], None] | Non
         say("computing while reading")
         beside = beside_reads(file, stores[0], CONTENTION_TYPE, n_threads, CONTENTION_S)
     say("memory and threads")
+    signals_s, signals_expert_s = measure_signals()
     return Device(
         **identity(path), threads=n_threads, reads=tuple(row for store in stores for row in reads[store].rows()),
         products=tuple(products), repack=repack, op_s=measure_op(n_threads), wakeup_s=wakeup_s, visit_s=visit_s,
         contention_s=beside.contention_s if beside else 0.0, memory_bytes_per_s=control.bandwidth_measure(128 * MIB, n_threads),
+        signals_s=signals_s, signals_expert_s=signals_expert_s,
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
 
@@ -246,10 +254,12 @@ def probe(path: Path, *, types: Sequence[str], read_bytes: int, n_threads: int) 
     repack = {types[0]: 1 / beside.repack_s} if beside and beside.repack_s else {}
     for name in dict.fromkeys(types):
         measure_type(name, (32,) if beside and name == types[0] else (1, 32), n_threads, products, repack, CELL_S / 4)
+    signals_s, signals_expert_s = measure_signals()
     return Device(
         **identity(path), threads=n_threads, reads=tuple(reads), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
         wakeup_s=wakeup_s, visit_s=visit_s, contention_s=beside.contention_s if beside else 0.0,
         memory_bytes_per_s=control.bandwidth_measure(64 * MIB, n_threads), quick=True,
+        signals_s=signals_s, signals_expert_s=signals_expert_s,
         measured=time.strftime("%Y-%m-%d %H:%M:%S"), took_s=time.perf_counter() - begin,
     )  # fmt: skip
 
@@ -257,7 +267,8 @@ def probe(path: Path, *, types: Sequence[str], read_bytes: int, n_threads: int) 
 def as_it_is_now(found: Device, file: Path, read_bytes: int, type_name: str) -> Device:
     """The same device, as fast as it is now: disks, virtual ones above all, and shared processors are not equally fast from hour to hour.
 
-    Reads of about so many bytes and products of this type are measured for a moment. All reads of that store, and all products, are
+    Reads of about so many bytes, visits, and products of this type are measured for a moment, in turn and in some rounds of which
+    the median counts: a disk that stands still for half a second is not slow. All reads of that store, and all products, are
     taken to have changed by as much; the reads' interval holds what was measured before, too.
 
     Raises:
@@ -267,25 +278,32 @@ def as_it_is_now(found: Device, file: Path, read_bytes: int, type_name: str) -> 
 
     mine = [row for row in found.reads if row.store == found.store]
     row = min(mine, key=lambda row: (abs(math.log(row.size_bytes / read_bytes)), abs(math.log(row.depth / READS_IN_FLIGHT))))
-    now = read_rows(file, row.store, [row.size_bytes], [row.depth], NOW_S)
-    factor = now[0].seconds / row.seconds if now else 1.0
+    factors: list[float] = []
+    visits: list[float] = []
+    besides: list[Beside] = []
+    for _ in range(ROUNDS):
+        factors += [now.seconds / row.seconds for now in read_rows(file, row.store, [row.size_bytes], [row.depth], NOW_S)]
+        visit_s = measure_visit(file, row.store, found.threads, found.wakeup_s, NOW_S)
+        visits += [] if visit_s is None else [visit_s]
+        beside = beside_reads(file, row.store, type_name, found.threads, NOW_S)
+        besides += [] if beside is None else [beside]
+    factor = statistics.median(factors) if factors else 1.0
 
     def changed(row: ReadRow) -> ReadRow:
         fast, slow = min(row.fast_s, row.fast_s * factor), max(row.slow_s, row.slow_s * factor)
         return dataclasses.replace(row, seconds=row.seconds * factor, fast_s=fast, slow_s=slow) if row.store == found.store else row
 
-    visit_s = measure_visit(file, row.store, found.threads, found.wakeup_s, NOW_S)
     found = dataclasses.replace(
-        found, reads=tuple(changed(row) for row in found.reads), visit_s=found.visit_s if visit_s is None else visit_s
+        found, reads=tuple(changed(row) for row in found.reads), visit_s=statistics.median(visits) if visits else found.visit_s
     )
-    measured = beside_reads(file, row.store, type_name, found.threads, NOW_S)
-    if measured is None:
+    if not besides:
         return found
-    faster = 1 / measured.weight_s / found.weights_per_s(type_name, 1)
+    weight_s, repack_s, contention_s = (statistics.median(values) for values in zip(*besides, strict=True))
+    faster = 1 / weight_s / found.weights_per_s(type_name, 1)
     products = tuple(dataclasses.replace(row, weights_per_s=row.weights_per_s * faster) for row in found.products)
-    rearranging = 1 / measured.repack_s / found.repack[type_name] if measured.repack_s and type_name in found.repack else 1.0
+    rearranging = 1 / repack_s / found.repack[type_name] if repack_s and type_name in found.repack else 1.0
     repack = {name: rate * rearranging for name, rate in found.repack.items()}
-    return dataclasses.replace(found, products=products, repack=repack, contention_s=measured.contention_s)
+    return dataclasses.replace(found, products=products, repack=repack, contention_s=contention_s)
 
 
 def read_rows(file: Path, store: str, sizes: Sequence[int], depths: Sequence[int], cell_s: float) -> list[ReadRow]:
@@ -445,6 +463,30 @@ def measure_op(n_threads: int) -> float:
     return control.products_measure(number, (256, 32, 2), n_tokens=1, n_threads=n_threads, n_ops=200, min_s=CELL_S / 4)[0]
 
 
+def measure_signals() -> tuple[float, float]:
+    """`Device.signals_s` and `signals_expert_s`: as between two decodes, when caches hold weights."""
+    import numpy as np
+
+    from spac.estimator.tokens import TokenEstimator
+
+    weights = np.ones(PRODUCT_BYTES // 8)
+    taken = []
+    for n_layers, n_experts in SIGNAL_SHAPES:
+        estimator = TokenEstimator(n_layers, n_experts, 8)
+        times = []
+        for i in range(SIGNAL_TOKENS):
+            chosen = (np.arange(8) + 8 * i) % n_experts
+            weights.sum()
+            begin = time.perf_counter()
+            estimator.of_candidates([[(i, 1.0)]])
+            estimator.learn([i], np.tile(chosen, (1, n_layers, 1)))
+            times.append(time.perf_counter() - begin)
+        taken.append(statistics.median(times))
+    small, large = (n_layers * n_experts for n_layers, n_experts in SIGNAL_SHAPES)
+    expert_s = max(0.0, (taken[1] - taken[0]) / (large - small))
+    return max(0.0, taken[0] - small * expert_s), expert_s
+
+
 @contextlib.contextmanager
 def readable(path: Path, n_bytes: int) -> Iterator[Path]:
     """A file to read from: `path`, or one of so many bytes in that folder, which goes at the end.
@@ -594,9 +636,9 @@ def _parse(values: dict[str, Any]) -> Device:
     numbers += [n for product in products for n in (product.n_tokens, product.weights_per_s)]
     if not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < math.inf for n in numbers):
         raise ValueError("numbers")
-    for n in (device.visit_s, device.contention_s):
+    for n in (device.visit_s, device.contention_s, device.signals_s, device.signals_expert_s):
         if not isinstance(n, int | float) or isinstance(n, bool) or not 0 <= n < math.inf:
-            raise ValueError("visit_s, contention_s")
+            raise ValueError("visits, contention or signals")
     texts = [device.cpu, device.disk, device.build, device.measured, *(row.store for row in reads)]
     if not all(isinstance(text, str) for text in texts) or not {row.type for row in products} <= set(_TYPES):
         raise ValueError("texts")

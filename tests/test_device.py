@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -57,6 +58,8 @@ def change(**values: Any) -> Callable[[dict[str, Any]], Any]:
         change(visit_s=float("inf")),
         change(visit_s=True),
         change(contention_s=-1e-9),
+        change(signals_s="none"),
+        change(signals_expert_s=-1e-9),
         change(surprise=1),
         lambda found: {key: value for key, value in found.items() if key != "disk"},
         lambda found: [found],
@@ -126,6 +129,7 @@ def test_a_folder_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
         }
     assert [(r.type, r.n_tokens) for r in found.products] == [("Q4_0", 1), ("Q4_0", 2), ("Q6_K", 1), ("Q6_K", 2)]
     assert all(row.fast_s <= row.seconds <= row.slow_s for row in found.reads)
+    assert found.signals_s + found.signals_expert_s > 0
     assert any("reads" in text for text in said)
     device.save(found, tmp_path / "device.json")
     assert device.load(tmp_path / "device.json") == found
@@ -148,9 +152,10 @@ def test_as_it_is_now(model_path: Path, monkeypatch: pytest.MonkeyPatch, slower:
     monkeypatch.setattr(
         control, "reads_measure", lambda _, at, sizes, *, depth, store: time.sleep(0.01) or slower * len(at) * sizes[0] / RATE
     )
-    visits = iter([0.003, None])
+    monkeypatch.setattr(device, "NOW_S", 0.01)
+    visits = itertools.chain([0.003, 0.001, 7.0], itertools.repeat(None))  # for a while the disk stands still
     monkeypatch.setattr(device, "measure_visit", lambda *_: next(visits))
-    beside = iter([device.Beside(0.5e-10, 0.5e-9, 3e-10), None])
+    beside = itertools.chain([device.Beside(0.5e-10 * i, 0.5e-9 * i, 3e-10 * i) for i in (1, 0.9, 30)], itertools.repeat(None))
     monkeypatch.setattr(device, "beside_reads", lambda *_: next(beside))
     found = device.as_it_is_now(kept, model_path, 1_000_000, "Q4_0")
     assert found.reads[-1] == other

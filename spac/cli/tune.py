@@ -80,6 +80,7 @@ def show(device: Device, kept: Path) -> None:
         ("wake-up", f"{device.wakeup_s * 1e6:.3g} µs of a sleeping thread; an op of the graph {device.op_s * 1e6:.3g} µs"),
         ("visit", f"{device.visit_s * 1e3:.3g} ms of a layer that misses experts, besides its reads"),
         ("contention", f"{device.contention_s * 1e12:.3g} ms of computing lost for each GB that is read meanwhile"),
+        ("signals", f"{(device.signals_s + 48 * 128 * device.signals_expert_s) * 1e3:.3g} ms for each token of 48 layers of 128 experts"),
         ("measured", f"{device.measured} in {device.took_s:.0f} s, spac {device.build}"),
         ("kept", str(kept)),
     ):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 OPS_PER_LAYER: Final = 45  # of a graph that compute next to nothing, beside the products: norms, rope, views, the router's top k
 TOKEN_S: Final = 0.5e-3  # sampling and Python, for each token
+PAGED_TOKEN_S: Final = 0.5e-3  # asking the pager what it did, for each token
 COMPUTE_SPREAD: Final = 1.15  # either way: other programs, clocks, shapes of matrices
 READ_SPREAD: Final = 1.1  # a token's reads against the disk's mean
 LIMIT_SPREAD: Final = 1.05  # either way: what is said of a disk's speed is a round figure
@@ -249,8 +250,10 @@ def decode_s(work: Work, machine: Machine, miss: float, reads: Reads, *, attenti
     Args:
         slower: computing takes so many times as long.
     """
-    ops_s = work.n_layers * OPS_PER_LAYER * machine.device.op_s
-    dense_s = slower * (machine.compute_s(work.dense) + ops_s + attention_s + TOKEN_S)
+    device = machine.device
+    ops_s = work.n_layers * OPS_PER_LAYER * device.op_s
+    signals_s = PAGED_TOKEN_S + device.signals_s + work.n_bundles * device.signals_expert_s if miss else 0.0
+    dense_s = slower * (machine.compute_s(work.dense) + ops_s + attention_s + TOKEN_S + signals_s)
     busy_s, waiting_s = dense_s, dense_s
     for layer, n in Counter(work.layers).items():
         expert_s = slower * machine.compute_s(layer.weights)
@@ -259,7 +262,7 @@ def decode_s(work: Work, machine: Machine, miss: float, reads: Reads, *, attenti
         for missed in range(work.n_used + 1):
             chance = math.comb(work.n_used, missed) * miss**missed * (1 - miss) ** (work.n_used - missed)
             if chance > 1e-6:
-                visit_s = machine.device.visit_s if missed else 0.0
+                visit_s = device.visit_s if missed else 0.0
                 waiting_s += n * chance * (layer_s(work.n_used, missed, layer.read_bytes, compute, reads) + visit_s)
     read_bytes = miss * work.n_used * sum(layer.read_bytes for layer in work.layers)
     return max(waiting_s, busy_s / (machine.limits.cpu_share or 1.0), read_bytes / (reads.limit_bytes_per_s or math.inf))

@@ -91,6 +91,12 @@ def test_each_layer_that_misses_something_is_visited() -> None:
         assert decode_s(WORK, machine, miss, machine.reads()) == pytest.approx(expected, rel=1e-5)
 
 
+def test_signals_take_their_time_where_something_is_missed() -> None:
+    machine = Machine(make_device(wakeup_s=1e-9, repack={}, signals_s=1e-3, signals_expert_s=1e-7), Limits())
+    for miss, signals_s in ((0.0, 0.0), (0.3, 1e-3 + 20 * 64 * 1e-7)):
+        assert decode_s(WORK, machine, miss, machine.reads()) == pytest.approx(decode_s(WORK, FREE, miss, FREE.reads()) + signals_s)
+
+
 def test_reads_take_processors_from_computing() -> None:
     """Reading and computing go on side by side as far as there are processors for both."""
     alone = decode_s(WORK, FREE, 0.5, FREE.reads())
