@@ -244,7 +244,7 @@ def probe(path: Path, *, types: Sequence[str], read_bytes: int, n_threads: int) 
         for store in STORES:
             try:
                 reads = read_rows(file, store, [size], (1, 3, 6), CELL_S / 2)
-                visit_s = measure_visit(file, store, n_threads, wakeup_s, CELL_S) or 0.0
+                visit_s = measure_visit(file, store, n_threads, wakeup_s, CELL_S / 2) or 0.0
                 beside = beside_reads(file, store, types[0], n_threads, CELL_S / 2)
                 break
             except ModelFileError:
