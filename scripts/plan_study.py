@@ -5,7 +5,6 @@
     .venv/bin/python scripts/plan_study.py build/demo/4g.gguf build/demo/spac-demo-1g.gguf --out docs/benchmarks/plan
     .venv/bin/python scripts/plan_study.py --report docs/benchmarks/plan        # the table again
     .venv/bin/python scripts/plan_study.py MODEL... --report docs/benchmarks/plan --predict-again   # and what is predicted, now
-    .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging --repack 8.59       # docs/benchmarks/plan/time-model.md
     .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging/present --repack 4.67 --contention 280   # again/time-model.md
 
 Each answer, to one of the benchmark's prompts of each kind, is a process of its own in a profile's limits, sampled with a penalty on
