@@ -57,7 +57,6 @@ VISIT_MISSING: Final = 2
 PRODUCT_SHAPE: Final = (2048, 768)  # columns and rows of an expert's matrix, as in models of 30 billion parameters
 PRODUCT_BYTES: Final = 64 * MIB  # more than caches hold
 SIGNAL_SHAPES: Final = ((10, 64), (48, 128))  # layers and experts; the time grows about linearly between them
-SIGNAL_TOKENS: Final = 5
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ def measure(path: Path, *, n_threads: int, progress: Callable[[str], None] | Non
         say("computing while reading")
         beside = beside_reads(file, stores[0], CONTENTION_TYPE, n_threads, CONTENTION_S)
     say("memory and threads")
-    signals_s, signals_expert_s = measure_signals()
+    signals_s, signals_expert_s = measure_signals(9)
     return Device(
         **identity(path), threads=n_threads, reads=tuple(row for store in stores for row in reads[store].rows()),
         products=tuple(products), repack=repack, op_s=measure_op(n_threads), wakeup_s=wakeup_s, visit_s=visit_s,
@@ -243,7 +242,7 @@ def probe(path: Path, *, types: Sequence[str], read_bytes: int, n_threads: int) 
     with readable(path, PROBE_SCRATCH_BYTES) as file:
         for store in STORES:
             try:
-                reads = read_rows(file, store, [size], (1, 3, 6), CELL_S / 2)
+                reads = read_rows(file, store, [size], (1, 3, 6), CELL_S / 3)
                 visit_s = measure_visit(file, store, n_threads, wakeup_s, CELL_S / 2) or 0.0
                 beside = beside_reads(file, store, types[0], n_threads, CELL_S / 2)
                 break
@@ -254,7 +253,7 @@ def probe(path: Path, *, types: Sequence[str], read_bytes: int, n_threads: int) 
     repack = {types[0]: 1 / beside.repack_s} if beside and beside.repack_s else {}
     for name in dict.fromkeys(types):
         measure_type(name, (32,) if beside and name == types[0] else (1, 32), n_threads, products, repack, CELL_S / 4)
-    signals_s, signals_expert_s = measure_signals()
+    signals_s, signals_expert_s = measure_signals(3)
     return Device(
         **identity(path), threads=n_threads, reads=tuple(reads), products=tuple(products), repack=repack, op_s=measure_op(n_threads),
         wakeup_s=wakeup_s, visit_s=visit_s, contention_s=beside.contention_s if beside else 0.0,
@@ -463,7 +462,7 @@ def measure_op(n_threads: int) -> float:
     return control.products_measure(number, (256, 32, 2), n_tokens=1, n_threads=n_threads, n_ops=200, min_s=CELL_S / 4)[0]
 
 
-def measure_signals() -> tuple[float, float]:
+def measure_signals(n_tokens: int) -> tuple[float, float]:
     """`Device.signals_s` and `signals_expert_s`: as between two decodes, when caches hold weights."""
     import numpy as np
 
@@ -474,7 +473,7 @@ def measure_signals() -> tuple[float, float]:
     for n_layers, n_experts in SIGNAL_SHAPES:
         estimator = TokenEstimator(n_layers, n_experts, 8)
         times = []
-        for i in range(SIGNAL_TOKENS):
+        for i in range(n_tokens):
             chosen = (np.arange(8) + 8 * i) % n_experts
             weights.sum()
             begin = time.perf_counter()
