@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""`spac plan` against real runs in control groups: docs/benchmarks/plan/table.md.
+"""`spac plan` against real runs in control groups: docs/benchmarks/plan/again/table.md.
 
     make build build/demo/4g.gguf && .venv/bin/spac tune build/demo
-    .venv/bin/python scripts/plan_study.py build/demo/4g.gguf build/demo/spac-demo-1g.gguf --out docs/benchmarks/plan
-    .venv/bin/python scripts/plan_study.py --report docs/benchmarks/plan        # the table again
+    .venv/bin/python scripts/plan_study.py build/demo/4g.gguf build/demo/spac-demo-1g.gguf --out docs/benchmarks/plan/again
+    .venv/bin/python scripts/plan_study.py --report docs/benchmarks/plan/again  # the table again
     .venv/bin/python scripts/plan_study.py MODEL... --report docs/benchmarks/plan --predict-again   # and what is predicted, now
     .venv/bin/python scripts/plan_study.py --time-model docs/benchmarks/paging/present --repack 4.67 --contention 280   # again/time-model.md
 
