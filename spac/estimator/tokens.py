@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from spac import control
 from spac.errors import OptionError
 from spac.estimator.memory import NO_TOKEN, SUPPORT_CLASSES, Recall, RoutingMemory
 
@@ -175,12 +176,9 @@ class TokenEstimator:
 
     def _remembered(self, recall: Recall) -> Floats:
         """Probabilities by memory alone, float32 [tokens, width]."""
-        n, width = len(recall.rest), self.prior.size
-        places = self.memory.ids[recall.slots] + self._offsets
-        places += (recall.owners * width)[:, None]
-        counts = np.bincount(places.ravel(), np.repeat(recall.weights, self.memory.width), n * width)
-        remembered = counts.reshape(n, width).astype(np.float32)
-        remembered += recall.rest.astype(np.float32)[:, None] * self.prior
+        remembered = recall.rest.astype(np.float32)[:, None] * self.prior
+        counts = remembered.reshape(-1, self.n_layers, self.n_experts)
+        control.count_routing(self.memory.ids, recall.slots, recall.owners, recall.weights, counts)
         return remembered
 
     def _forward(self, recall: Recall) -> tuple[Floats, Floats, Floats, Floats]:

@@ -287,6 +287,34 @@ int spac_context_take_error(spac_context * context, spac_error * error) {
 // simulation
 //
 
+template <typename Id>
+static void count_routing(const Id * ids, int n_layers, int n_used, int n_experts, const int64_t * observations, const int64_t * owners,
+                          const double * weights, int64_t n, float * counts) {
+    for (int64_t i = 0; i < n; ++i) {
+        const Id *  chosen = ids + observations[i] * n_layers * n_used;
+        float *     layer  = counts + owners[i] * n_layers * n_experts;
+        const float weight = (float) weights[i];
+        for (int l = 0; l < n_layers; ++l, chosen += n_used, layer += n_experts) {
+            for (int k = 0; k < n_used; ++k) {
+                layer[chosen[k]] += weight;
+            }
+        }
+    }
+}
+
+int spac_routing_count(const void * ids, int id_bytes, int n_layers, int n_used, int n_experts, const int64_t * observations,
+                       const int64_t * owners, const double * weights, int64_t n, float * counts) {
+    if (id_bytes == 1) {
+        count_routing((const uint8_t *) ids, n_layers, n_used, n_experts, observations, owners, weights, n, counts);
+        return SPAC_OK;
+    }
+    if (id_bytes == 2) {
+        count_routing((const uint16_t *) ids, n_layers, n_used, n_experts, observations, owners, weights, n, counts);
+        return SPAC_OK;
+    }
+    return fail(SPAC_E_ARGUMENT, "spac_routing_count: ids have 1 or 2 bytes");
+}
+
 int spac_simulate(spac_simulation * s) {
     if (const int code = check_size(s, "spac_simulation")) {
         return code;

@@ -9,10 +9,12 @@ import logging
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from spac import control
 from spac.errors import OptionError
 from spac.estimator import Reliability, RoutingMemory, TokenEstimator, load, save
 from spac.estimator.memory import NO_TOKEN, PAIR_WINDOW, TOKEN_WINDOW
@@ -403,3 +405,17 @@ def refused(path: Path, model: str, caplog: pytest.LogCaptureFixture) -> None:
     assert "\n" not in record.getMessage()
     assert len(estimator.memory) == estimator.tokens_learned == 0
     assert np.ptp(estimator.probabilities([1])) == 0
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_observations_are_counted(kind: type[np.unsignedinteger[Any]]) -> None:
+    rng = np.random.default_rng(0)
+    n_layers, n_experts, k = 3, 300 if kind is np.uint16 else 60, 4
+    ids = rng.integers(0, n_experts, (50, n_layers * k)).astype(kind)
+    observations, owners, weights = rng.integers(0, 50, 200), rng.integers(0, 5, 200), rng.random(200)
+    counts = rng.random((5, n_layers, n_experts), np.float32)
+    expected = counts.astype(np.float64)
+    layers = np.repeat(np.arange(n_layers), k)
+    np.add.at(expected, (owners[:, None], layers, ids[observations]), weights[:, None])
+    control.count_routing(ids, observations, owners, weights, counts)
+    np.testing.assert_allclose(counts, expected, rtol=1e-5)

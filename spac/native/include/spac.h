@@ -326,6 +326,12 @@ SPAC_API void            spac_recorder_free(spac_recorder * recorder);  // after
 SPAC_API bool            spac_recorder_callback(void * tensor, bool ask, void * recorder);
 SPAC_API int             spac_recorder_next(spac_recorder * recorder, spac_routing * routing);  // 1, 0: no more, or negative
 
+// -- what was remembered of routing --
+// Adds an observation's weight to each of its experts, for n observations. ids [.., n_layers, n_used], of 1 or 2 bytes: observations[i]
+// is a row there, owners[i] one of counts [.., n_layers, n_experts]; none is checked
+SPAC_API int spac_routing_count(const void * ids, int id_bytes, int n_layers, int n_used, int n_experts, const int64_t * observations,
+                                const int64_t * owners, const double * weights, int64_t n, float * counts);
+
 // -- simulation --
 SPAC_API int spac_simulate(spac_simulation * simulation);  // needs no model and no spac_init()
 
