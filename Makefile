@@ -65,12 +65,13 @@ BENCH_OUT   ?= build/bench
 REPEATS     ?= 3
 BENCH       := $(PY) -m spac bench
 BENCH_FLAGS = --out $(BENCH_OUT) $(addprefix --peer ,$(PEERS))
+LOOKAHEAD   := spac:draft=models/spac-demo-draft.gguf,learned=build/demo/learned.npz
 
 bench-quick: build stock .venv/.bench-installed build/demo/spac-demo-1g.gguf ## a look at speed beside llama.cpp, under 5 minutes
 	$(BENCH) build/demo/spac-demo-1g.gguf --suite quick --repeats 2 $(BENCH_FLAGS)
 
-bench: build stock .venv/.bench-installed build/demo/4g.gguf ## all suites that compare, hours; interrupted, it goes on where it was
-	$(BENCH) build/demo/4g.gguf --suite full --name full --resume --repeats $(REPEATS) $(BENCH_FLAGS)
+bench: build stock .venv/.bench-installed build/demo/4g.gguf build/demo/learned.npz ## all suites that compare, hours; interrupted, it goes on where it was
+	$(BENCH) build/demo/4g.gguf --suite full --name full --resume --repeats $(REPEATS) $(BENCH_FLAGS) --also $(LOOKAHEAD)
 	$(BENCH) build/demo/4g.gguf --suite speed --name speed --resume --repeats $(REPEATS) $(BENCH_FLAGS)
 	$(BENCH) build/demo/4g.gguf --suite stock --name stock --resume --repeats $(REPEATS) $(BENCH_FLAGS)
 	$(BENCH) build/demo/4g.gguf --suite latency --name latency --resume --repeats $(REPEATS) --prompts-per-run 5 $(BENCH_FLAGS)
@@ -89,6 +90,9 @@ build/demo/spac-demo-1g.gguf: | build
 build/demo/4g.gguf: | build
 	@mkdir -p $(@D)
 	$(PY) scripts/inflate models/spac-demo-moe.gguf $@ --size 4G --type Q4_0
+
+build/demo/learned.npz: | build/demo/4g.gguf
+	$(PY) scripts/learn_routing.py build/demo/4g.gguf $@
 
 lint: .venv/.spac-installed ## ruff and mypy
 	@status=0; \

@@ -40,10 +40,11 @@ def bench(
         Many | None,
         typer.Option(
             metavar="SPEC",
-            help="Such as stock:mmap,repack=off, spac:store=buffered, bigmoe; repeat it. Else stock, spac, all peers.",
+            help="Such as stock:mmap,repack=off, spac:store=buffered, bigmoe; repeat it. Else the suite's, or stock, spac, all peers.",
             show_default=False,
         ),
     ] = None,
+    also: Annotated[Many | None, typer.Option(metavar="SPEC", help="A contender beside those; repeat it.", show_default=False)] = None,
     peer: Annotated[
         Many | None, typer.Option(metavar="NAME=PATH", help="A built peer: bigmoe, ik_llama, llama-pr25294.", show_default=False)
     ] = None,
@@ -112,7 +113,7 @@ def bench(
         raise OptionError(f"{out / label}: there are results already; give --resume, or another --name")
     options = runner.Options(
         parts=parts,
-        rows=tuple((row, contenders_of(row, contender, peers, arguments, from_suite=suite is not None)) for row in chosen),
+        rows=tuple((row, contenders_of(row, contender, also, peers, arguments, from_suite=suite is not None)) for row in chosen),
         prompts=tuple(prompt_files.load(_split(kind), prompts)) if own_prompts else (),
         prompts_per_run=prompts_per_run,
         repeats=repeats,
@@ -165,10 +166,10 @@ def choose_rows(
 
 
 def contenders_of(
-    row: Row, given: Many | None, peers: dict[str, Path], arguments: dict[str, list[str]], *, from_suite: bool
+    row: Row, given: Many | None, also: Many | None, peers: dict[str, Path], arguments: dict[str, list[str]], *, from_suite: bool
 ) -> tuple[Contender, ...]:
-    """A row's contenders: those that were given, else the suite's, else stock, spac and all peers. Peers that a suite names but that
-    nobody gave a path of are left out.
+    """A row's contenders: those that were given, else the suite's, else stock, spac and all peers; and `also`. Peers that a suite names
+    but that nobody gave a path of are left out.
 
     Raises:
         OptionError, SpacError: one does not exist, or is not what it should be.
@@ -182,10 +183,11 @@ def contenders_of(
     specs = given or [*row.contenders]
     if not given and not from_suite:
         specs += [name for name in PEERS if name in peers] + ["bigmoe:predict"] * ("bigmoe" in peers)
+    asked = [*(given or []), *(also or [])]
     found = []
-    for text in specs:
+    for text in dict.fromkeys([*specs, *asked]):
         made = make(text, peers, arguments)
-        if made is None and given:
+        if made is None and text in asked:
             raise OptionError(f"contender {text!r}: give its binary with --peer {Spec.parse(text).engine}=PATH")
         if made is not None:
             found.append(made)

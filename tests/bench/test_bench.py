@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from spac.bench import plots
+from spac.bench.suite import Row
+from spac.cli.bench import contenders_of
+from spac.errors import OptionError
 from spac.host import limits
 from tests.bench.test_contender import BIGMOE
 from tests.conftest import Result
@@ -153,6 +156,20 @@ def test_a_contender_that_fails_does_not_stop_the_others(bench: Bench, tmp_path:
     assert (failed["complete"], failed["returncode"], failed["error"]) == (False, 7, "out of luck")
     assert fine["complete"]
     assert "1 incomplete (out of luck)" in result.out
+
+
+def test_contenders_beside_those_of_a_suite() -> None:
+    """A peer that only the suite names is left out, one that was asked for is not; nobody takes part twice."""
+    row = Row(name="a row", contenders=("spac", "bigmoe"))
+
+    def names(given: list[str] | None, also: list[str] | None) -> list[str]:
+        return [contender.name for contender in contenders_of(row, given, also, {}, {}, from_suite=True)]
+
+    assert names(None, None) == ["spac"]
+    assert names(None, ["spac:store=buffered", "spac"]) == ["spac", "spac:store=buffered"]
+    assert names(["spac:repack=off"], ["spac"]) == ["spac:repack=off", "spac"]
+    with pytest.raises(OptionError, match="--peer bigmoe=PATH"):
+        names(None, ["bigmoe"])
 
 
 def test_a_run_that_takes_too_long(bench: Bench, tmp_path: Path, fake_peer: Callable[[str], Path]) -> None:
