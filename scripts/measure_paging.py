@@ -39,6 +39,7 @@ from typing import Any, Final
 from spac.bench import profile as profiles
 from spac.bench import record as records
 from spac.bench import worker
+from spac.bench.prompt import of_length
 from spac.bench.runner import FIXED
 from spac.gguf.check import EXPERT_PATTERN
 from spac.host import limits as cgroups
@@ -125,7 +126,7 @@ def run_worker(config: dict[str, Any]) -> None:
     reader, kind = BareReader(config["model"]), config["kind"]
     engine = worker.Engine({**worker.DEFAULTS, **config})
     handle, slices = engine.llama.spac, expert_slices(config["model"])
-    prompt = engine.tokenize(FIXED)
+    prompt = engine.tokenize(of_length(FIXED, PROMPT_TOKENS, lambda text: len(engine.llama.tokenize(text.encode()))))
     if kind == "reference":
         for _ in engine.tokens(prompt):  # after this all that the text needs is in memory
             pass
@@ -205,7 +206,7 @@ def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: i
     record_routing = kind == "misses" or (kind == "reference" and memory == "traced")
     trace = str(out / f"trace-{name}.npz") if record_routing and kind == "reference" else ""
     config = {
-        "kind": kind, "engine": "spac", "model": str(model), "tokens": tokens, "prompt_tokens": PROMPT_TOKENS,
+        "kind": kind, "engine": "spac", "model": str(model), "tokens": tokens,
         "threads": limits.cores or allowed_cores(), "trace": trace, "limited": limits.read_bytes_per_s is not None,
         "arguments": {"paging": "on", "memory": limits.memory_bytes or 2 * size, "record_routing": record_routing},
     }  # fmt: skip

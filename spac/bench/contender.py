@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,10 @@ class Contender(ABC):
     def repacked(self) -> bool:
         """Whether the kernels for repacked weights compute: they round differently, so only like answers are alike to the bit."""
         return True
+
+    @abstractmethod
+    def files(self) -> dict[str, list[Path]]:
+        """What computes, and what it was given besides the model: a record holds their digests."""
 
     def row_tokens(self, row: Row) -> int:
         """How many tokens to generate after the first."""
@@ -174,7 +179,7 @@ class _Worker(Contender):
         row = task.row
         config = {
             "engine": self.engine, "model": str(task.model), "arguments": self.run_arguments(task), "ctx": row.ctx, "ubatch": row.ubatch,
-            "threads": task.threads, "prompt_tokens": row.prompt_tokens, "tokens": self.row_tokens(row), "warm": row.warm,
+            "threads": task.threads, "tokens": self.row_tokens(row), "warm": row.warm,
             "prompts": [vars(prompt) for prompt in task.prompts], "loadgen_folder": task.loadgen_folder,
         }  # fmt: skip
         text = json.dumps(config)
@@ -208,6 +213,9 @@ class Stock(_Worker):
     @property
     def repacked(self) -> bool:
         return bool(self.arguments["repack"])
+
+    def files(self) -> dict[str, list[Path]]:
+        return {"libraries": sorted(STOCK_FOLDER.glob("*.so"))}
 
     def skip(self, task: Task) -> str | None:
         limit = task.limits.memory_bytes
@@ -250,6 +258,11 @@ class Spac(_Worker):
     @property
     def repacked(self) -> bool:
         return bool(self.arguments.get("repack", True)) and self.arguments.get("store") != "mmap"
+
+    def files(self) -> dict[str, list[Path]]:
+        given = {name: Path(self.arguments[name]) for name in ("draft", "learned") if name in self.arguments}
+        libraries = sorted(Path(os.environ["LLAMA_CPP_LIB_PATH"]).glob("*.so"))  # set by `import spac`
+        return {"libraries": libraries, **{name: [path] for name, path in given.items() if path.is_file()}}
 
     def run_arguments(self, task: Task) -> dict[str, Any]:
         return {**self.arguments, "memory": task.limits.memory_bytes or "auto"}

@@ -38,6 +38,13 @@ class Peer(Contender):
         self.extra = list(arguments)
         check_binary(binary, self.title, self.sign)
 
+    @property
+    def repacked(self) -> bool:
+        return False
+
+    def files(self) -> dict[str, list[Path]]:
+        return {"program": [self.binary]}
+
     def skip(self, task: Task) -> str | None:
         if task.row.warm:
             return "a peer cannot be timed warm: it leaves after one prompt"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +49,17 @@ def load(kinds: Sequence[str], file: Path | None = None) -> list[Prompt]:
         raise OptionError(f"{file or FOLDER}: no prompts" + (f" of kind {', '.join(kinds)}" if kinds else ""))
     longest = max(map(len, by_kind.values()))
     return [prompts[i] for i in range(longest) for prompts in by_kind.values() if i < len(prompts)]
+
+
+def of_length(prompt: Prompt, n_tokens: int, count: Callable[[str], int]) -> Prompt:
+    """Its text, repeated as often as it takes, as far as it has no more than so many tokens: a text that all contenders can be given.
+
+    Args:
+        count: tokens of a text.
+    """
+    text = prompt.text * (n_tokens // max(1, count(prompt.text)) + 1)
+    end = bisect.bisect_right(range(len(text) + 1), n_tokens, key=lambda n: count(text[:n])) - 1
+    return replace(prompt, text=text[:end])
 
 
 def read(path: Path, kind: str) -> list[Prompt]:

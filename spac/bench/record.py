@@ -2,7 +2,7 @@
 
 Keys of a record, besides those of `LimitedRun`:
     row, contender, repeat, limits, not_enforced, profile, commands, environment, threads: what was asked for.
-    repacked: whether kernels for repacked weights computed.
+    repacked: whether kernels for repacked weights computed. sha256: of the programs or libraries, and of the files they were given.
     model, machine, versions, commit, time, bench_command: where and when.
     complete: false if the run was interrupted, killed or failed; what it left is kept. error: why. skipped: it never ran.
     prompts: for each prompt kind, id, prompt_tokens, ttft_s (from reading the prompt on, loading not included), token_s (seconds
@@ -13,6 +13,7 @@ Keys of a record, besides those of `LimitedRun`:
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -78,6 +79,14 @@ def model_facts(parts: Sequence[Path]) -> dict[str, Any]:
         "name": parts[0].name, "bytes": sum(path.stat().st_size for path in parts), "files": len(parts),
         "sha256_of_ends": fingerprint(parts),
     }  # fmt: skip
+
+
+def digest(files: Sequence[Path]) -> str:
+    """SHA-256 of files one after another, its first 16 hex digits."""
+    found = hashlib.sha256()
+    for path in files:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 # -- files --

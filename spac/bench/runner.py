@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import mmap
 import os
 import signal
@@ -17,13 +18,14 @@ from typing import Any, Final
 from spac.bench import record as records
 from spac.bench.contender import Command, Contender, Task
 from spac.bench.profile import Profile
-from spac.bench.prompt import Prompt
+from spac.bench.prompt import Prompt, of_length
 from spac.bench.suite import Row
 from spac.errors import SpacError
 from spac.host import limits as cgroups
 from spac.host.board import Meter
 from spac.host.cores import allowed_cores
 from spac.host.limits import LimitedRun, Limits, RunInterrupted
+from spac.llama import Llama
 
 # What rows with a fixed length read: cut or repeated to so many tokens.
 FIXED: Final = Prompt(
@@ -125,8 +127,17 @@ class Bench:
     def _task(self, row: Row, asked: Limits, repeat: int) -> Task:
         options, n = self.options, self.options.prompts_per_run
         chosen = tuple(options.prompts[(repeat * n + i) % len(options.prompts)] for i in range(n)) if options.prompts else (FIXED,)
+        if row.prompt_tokens:  # peers take a text, so all are given the same one
+            chosen = tuple(of_length(prompt, row.prompt_tokens, self._n_tokens) for prompt in chosen)
         threads = options.threads or asked.cores or allowed_cores()
         return Task(options.parts[0], self.model_bytes, row, asked, threads, chosen)
+
+    @functools.cached_property
+    def _vocabulary(self) -> Llama:
+        return Llama(str(self.options.parts[0]), vocab_only=True, paging="off", verbose=False)
+
+    def _n_tokens(self, text: str) -> int:
+        return len(self._vocabulary.tokenize(text.encode()))
 
     # -- one run --
 
@@ -135,7 +146,8 @@ class Bench:
         record: dict[str, Any] = {
             **self._constant, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "row": dataclasses.asdict(task.row), "contender": contender.name,
             "repeat": repeat, "threads": task.threads, "limits": dataclasses.asdict(task.limits), "not_enforced": missing,
-            "repacked": contender.repacked, "load_average": os.getloadavg()[0], "complete": False, "prompts": [],
+            "repacked": contender.repacked, "sha256": {name: records.digest(files) for name, files in contender.files().items()},
+            "load_average": os.getloadavg()[0], "complete": False, "prompts": [],
         }  # fmt: skip
         label = f"[{self._number}/{self._total}] {task.row.name}: {contender.name}"
         reason = contender.skip(task)

@@ -21,7 +21,7 @@ from typing import Any, Final
 from spac.bench.prompt import Prompt
 
 DEFAULTS: Final[dict[str, Any]] = {
-    "arguments": {}, "ctx": 1024, "ubatch": 64, "threads": 2, "prompt_tokens": 0, "tokens": 64, "warm": False, "loadgen_folder": "",
+    "arguments": {}, "ctx": 1024, "ubatch": 64, "threads": 2, "tokens": 64, "warm": False, "loadgen_folder": "",
 }  # fmt: skip
 DRAFTING: Final = ("draft", "draft_max", "horizon")  # arguments of spac, besides what spac.Llama takes
 
@@ -131,11 +131,8 @@ class Engine:
         self.llama.eval = timed
 
     def tokenize(self, prompt: Prompt) -> list[int]:
-        """The prompt's tokens, cut or repeated to the length that was asked for."""
+        """The prompt's tokens."""
         tokens: list[int] = self.llama.tokenize(prompt.text.encode())
-        length = self.config["prompt_tokens"]
-        if length:
-            tokens = (tokens * (length // len(tokens) + 1))[:length]
         need = len(tokens) + self.config["tokens"] + 1
         if need > self.config["ctx"]:
             raise ValueError(f"prompt {prompt.id!r} and its answer have {need} tokens, the context {self.config['ctx']}; raise --ctx")

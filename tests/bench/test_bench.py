@@ -127,6 +127,20 @@ def test_a_peer(bench: Bench, tmp_path: Path, fake_peer: Callable[[str], Path], 
     assert "20.00 (20.00 to 20.00)" in result.out
 
 
+def test_all_are_given_the_same_text(bench: Bench, tmp_path: Path, fake_peer: Callable[[str], Path]) -> None:
+    """Of the length that was asked for; and a record says what computed."""
+    peer = fake_peer("cat {said}")
+    contenders = ("--contender", "spac", "--contender", "bigmoe:cache=50", "--peer", f"bigmoe={peer}")
+    result = bench(*contenders, "--repeats", 1, "--prompt-tokens", 9)
+    assert result.code == 0, result.err
+    ours, theirs = records(tmp_path)
+    command = theirs["commands"][0]
+    assert json.loads(ours["commands"][0][3])["prompts"][0]["text"] == command[command.index("-p") + 1]
+    assert ours["prompts"][0]["prompt_tokens"] == 9
+    assert (set(ours["sha256"]), set(theirs["sha256"])) == ({"libraries"}, {"program"})
+    assert (ours["repacked"], theirs["repacked"]) == (True, False)
+
+
 def test_an_interrupted_run_keeps_what_there_is(bench: Bench, tmp_path: Path, fake_peer: Callable[[str], Path]) -> None:
     """The second of two contenders interrupts us in its third token; --resume does the rest."""
     peer = fake_peer("head -n 3 {said}; sleep 1; kill -INT $PPID; exec sleep 60")  # by then we wait for it

@@ -72,6 +72,13 @@ def test_memory_that_has_no_meaning(text: str) -> None:
         profile.memory_bytes(text, 1000)
 
 
+@pytest.mark.parametrize(("n_tokens", "text"), [(2, "one two "), (3, "one two three "), (5, "one two three one two ")])
+def test_a_prompt_of_a_length(n_tokens: int, text: str) -> None:
+    """Cut or repeated; tokens are words here."""
+    found = prompt.of_length(prompt.Prompt("chat", "1", "one two three "), n_tokens, lambda text: len(text.split()))
+    assert (found.kind, found.id, found.text) == ("chat", "1", text)
+
+
 def test_every_suite_parses() -> None:
     assert {"speed", "full", "quick", "stock", "latency"} <= set(suite.names())
     for name in suite.names():
