@@ -65,7 +65,9 @@ BENCH_OUT   ?= build/bench
 REPEATS     ?= 3
 BENCH       := $(PY) -m spac bench
 BENCH_FLAGS = --out $(BENCH_OUT) $(addprefix --peer ,$(PEERS))
-LOOKAHEAD   := spac:draft=models/spac-demo-draft.gguf,learned=build/demo/learned.npz
+LEARNED     := learned=build/demo/learned.npz
+DRAFT       := draft=models/spac-demo-draft.gguf
+LOOKAHEAD   := spac:$(DRAFT),$(LEARNED)
 
 bench-quick: build stock .venv/.bench-installed build/demo/spac-demo-1g.gguf ## a look at speed beside llama.cpp, under 5 minutes
 	$(BENCH) build/demo/spac-demo-1g.gguf --suite quick --repeats 2 $(BENCH_FLAGS)
@@ -73,6 +75,8 @@ bench-quick: build stock .venv/.bench-installed build/demo/spac-demo-1g.gguf ## 
 bench: build stock .venv/.bench-installed build/demo/4g.gguf build/demo/learned.npz ## all suites that compare, hours; interrupted, it goes on where it was
 	$(BENCH) build/demo/4g.gguf --suite full --name full --resume --repeats $(REPEATS) $(BENCH_FLAGS) --also $(LOOKAHEAD)
 	$(BENCH) build/demo/4g.gguf --suite speed --name speed --resume --repeats $(REPEATS) $(BENCH_FLAGS)
+	$(BENCH) build/demo/4g.gguf --suite lookahead --name lookahead --resume --repeats $(REPEATS) $(BENCH_FLAGS) --also $(LOOKAHEAD) \
+	--also spac:signals=tokens,$(LEARNED) --also spac:signals=draft,$(DRAFT),$(LEARNED)
 	$(BENCH) build/demo/4g.gguf --suite stock --name stock --resume --repeats $(REPEATS) $(BENCH_FLAGS)
 	$(BENCH) build/demo/4g.gguf --suite latency --name latency --resume --repeats $(REPEATS) --prompts-per-run 5 $(BENCH_FLAGS)
 	@if $(PY) -c 'import mlperf_loadgen' 2>/dev/null; then set -x; \

@@ -13,6 +13,9 @@ learning in the second, where misses are counted. A miss is one expert of one la
   draft N   N drafted tokens after it, with the draft's other ideas, by calibrated chance: nothing is verified
   known N   the N tokens that really came, looked up in the same tables
   perfect N the experts that they really used
+
+*Together*: one number for each expert, that any of the next tokens uses it. Where matplotlib is installed, a plot beside the tables shows
+how honest the probabilities are.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from estimator_study import read_deepseek
 from numpy.typing import NDArray
 
 import spac
+from spac.bench import plots
 from spac.bench.prompt import load as load_prompts
 from spac.engine import SignalStats, _candidates
 from spac.estimator import Reliability, TokenEstimator
@@ -39,6 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHES = ("12%", "25%", "50%", "75%")
 HORIZONS = (1, 2, 4, 8)
 TOKENS, TEMPERATURE, SEED = 200, 0.6, 1
+TOGETHER = (2, 3, 5)
+COMBINED = max(TOGETHER)  # the token decoded next, and four after it
 HELD_BACK_TOKENS = 8000  # of a long trace, so many are counted
 Floats = NDArray[np.float32]
 
@@ -108,11 +114,11 @@ class Foreseen:
         self.told: dict[str, Floats] = {name: np.zeros(shape, np.float32) for name in names}
         for told in self.told.values():
             told[:, 0, 0, 0] = -1
-        self.reliability = {"known": Reliability(), "drafted": Reliability()}
+        self.reliability = {name: Reliability() for name in ("known", "drafted", "combined")}
         self.by_horizon = {f"{name} {j}": SignalStats() for name in ("known", "draft") for j in range(5)}
         self.by_layer = {name: [SignalStats() for _ in range(trace.n_layers)] for name in ("known", "draft")}
         self.by_kind: dict[str, dict[str, SignalStats]] = {"known": {}, "draft": {}}
-        self.together = {(name, n): SignalStats() for name in ("known", "draft") for n in (2, 3)}  # decoded in one verification
+        self.together = {(name, n): SignalStats() for name in ("known", "draft") for n in TOGETHER}
         self.acceptance = Acceptance()
         self.accepted = np.zeros((2, max(HORIZONS)), np.int64)
         self.estimator = TokenEstimator(trace.n_layers, trace.n_experts, trace.n_used)
@@ -152,7 +158,7 @@ class Foreseen:
         used = trace.ids[t].astype(np.int64)
         self.reliability["known"].add(known[0], used)
         self.count("known", t, known[0], used)
-        self.verify("known", t, end, known)
+        self.unite("known", t, end, known)
         for j in range(min(5, len(known))):
             self.by_horizon[f"known {j}"].add(known[j], trace.ids[t + j].astype(np.int64))
         at = t - self.first
@@ -177,7 +183,7 @@ class Foreseen:
             self.reliability["drafted"].add(coming[j], used)
             if j == 0:
                 self.count("draft", t + 1, coming[0], used)
-        self.verify("draft", t, end, np.concatenate([p[:1], coming]))
+        self.unite("draft", t, end, np.concatenate([p[:1], coming]))
         right = True
         for j, guess in enumerate(proposal.tokens[: len(came)]):
             right = right and guess == came[j]
@@ -190,18 +196,20 @@ class Foreseen:
         for layer, stats in enumerate(self.by_layer[name]):
             stats.add(p[layer : layer + 1], used[layer : layer + 1])
 
-    def verify(self, name: str, t: int, end: int, p: Floats) -> None:
-        """Experts of some tokens together, of those that really came: what a verification of right tokens uses."""
-        for n in (2, 3):
+    def unite(self, name: str, t: int, end: int, p: Floats) -> None:
+        """Experts of some tokens together, of those that really came."""
+        for n in TOGETHER:
             if min(len(p), end - t) >= n:
+                ids = np.concatenate(list(self.trace.ids[t : t + n].astype(np.int64)), axis=1)
                 used = np.zeros(p[0].shape, bool)
-                for ids in self.trace.ids[t : t + n].astype(np.int64):
-                    np.put_along_axis(used, ids, True, 1)
-                predicted = 1 - np.prod(1 - p[:n], axis=0) >= 0.5
+                np.put_along_axis(used, ids, True, 1)
+                chance = 1 - np.prod(1 - p[:n], axis=0)
                 stats = self.together[name, n]
-                stats.predicted += int(predicted.sum())
-                stats.right += int((predicted & used).sum())
+                stats.predicted += int((chance >= 0.5).sum())
+                stats.right += int(((chance >= 0.5) & used).sum())
                 stats.used += int(used.sum())
+                if n == COMBINED and (name == "draft" or self.study.proposals is None):
+                    self.reliability["combined"].add(chance, ids)
 
     def misses(self) -> dict[str, list[float]]:
         """Misses for each routed expert over held-back tokens decoded one by one, by cache."""
@@ -223,7 +231,8 @@ class Foreseen:
         return rows
 
 
-def table(study: Study, say: list[str]) -> None:
+def table(study: Study, say: list[str]) -> dict[str, Reliability]:
+    """Adds the tables; returns how honest the probabilities were, by what the plot calls them."""
     trace = study.trace
     found = Foreseen(study)
     rows = found.misses()
@@ -248,8 +257,8 @@ def table(study: Study, say: list[str]) -> None:
     say += ["| token | known: precision | recall | drafted: precision | recall |", "| --- | --- | --- | --- | --- |"]
     for j in range(5):
         say.append(f"| {'decoded next' if j == 0 else f'+{j}'} | {cells(found.by_horizon[f'known {j}'], found.by_horizon[f'draft {j}'])} |")
-    for n in (2, 3):
-        say.append(f"| next {n} in one verification | {cells(found.together['known', n], found.together['draft', n])} |")
+    for n in TOGETHER:
+        say.append(f"| next {n} together | {cells(found.together['known', n], found.together['draft', n])} |")
     say += ["", "By layer, and by kind of prompt: the token decoded next; drafted, the one after it.", ""]
     say += ["| | next: precision | recall | drafted +1: precision | recall |", "| --- | --- | --- | --- | --- |"]
     for layer, both in enumerate(zip(*found.by_layer.values(), strict=True)):
@@ -262,12 +271,33 @@ def table(study: Study, say: list[str]) -> None:
             "Drafted tokens all right up to the N-th: "
             + ", ".join(f"{x:.2f}" for x in found.accepted[0] / np.maximum(1, found.accepted[1])),
         ]
-    for name, of in (("token decoded next", "known"), ("drafted tokens, their chance included", "drafted")):
-        reliability = found.reliability[of]
+    names = {"token decoded next": "known", "drafted tokens, their chance included": "drafted", f"next {COMBINED} together": "combined"}
+    reliabilities = {name: found.reliability[of] for name, of in names.items()}
+    for name, reliability in reliabilities.items():
         if reliability.bins():
             say += ["", f"Reliability, {name} (calibration error {reliability.error():.4f}): predicted → real: "
                     + ", ".join(f"{b.predicted:.2f} → {b.real:.2f}" for b in reliability.bins())]  # fmt: skip
     say.append("")
+    return reliabilities
+
+
+def draw(found: dict[str, dict[str, Reliability]], path: Path) -> None:
+    """Predicted and real shares, one panel for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4.6), squeeze=False, layout="constrained")
+    for axis, (model, reliabilities) in zip(axes[0], found.items(), strict=True):
+        axis.plot([0, 1], [0, 1], color="0.8")
+        for name, reliability in reliabilities.items():
+            bins = reliability.bins()
+            if bins:
+                axis.plot([b.predicted for b in bins], [b.real for b in bins], marker="o", label=f"{name} ({reliability.error():.3f})")
+        axis.set(title=model, xlabel="predicted probability of use", ylabel="share really used", xlim=(0, 1), ylim=(0, 1))
+        axis.legend(title="calibration error", fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def cells(*stats: SignalStats) -> str:
@@ -281,11 +311,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build/lookahead-study.md", help="where tables are written (%(default)s)")
     arguments = parser.parse_args()
     say = ["# Misses with lookahead", "", "Written by `scripts/lookahead_study.py`, which says what the rows are.", ""]
-    table(record_demo(), say)
+    found = {"the bundled model": table(record_demo(), say)}
     if arguments.deepseek:
-        table(from_deepseek(arguments.deepseek), say)
+        found["DeepSeek-V2-Lite"] = table(from_deepseek(arguments.deepseek), say)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n".join(say).rstrip() + "\n")
+    if plots.available():
+        draw(found, arguments.out.with_suffix(".png"))
     print("\n".join(say))
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import spac
-from spac import control
+from spac import control, engine
 from spac.balancer.live import HORIZON, LiveBalancer
 from spac.balancer.state import Choice
 from spac.bench.prompt import load as load_prompts
@@ -115,14 +116,15 @@ def test_certain_candidates_are_tokens() -> None:
 # -- in a run --
 
 
-def test_answers_do_not_change_and_fewer_experts_are_missed(model_path: Path, draft: ModelDraft) -> None:
+def test_answers_do_not_change_and_fewer_experts_are_missed(
+    model_path: Path, draft: ModelDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The draft only senses: nothing is verified. Reads ahead are off, so that misses are exactly repeatable."""
+    monkeypatch.setattr(engine, "READ_FROM", engine.NEVER)
     seen: dict[str, int] = {}
     texts = []
     for name, signals, speculation in (("none", (), None), ("all", ("tokens", "draft"), Speculation(draft, 0, horizon=HORIZON))):
         llama = load(model_path, signals=signals)
-        if signals:
-            foresight_of(llama)._read_from = 2
         texts.append(answers(llama, speculation))
         seen[name] = misses(llama)
         if signals:
@@ -150,6 +152,34 @@ def test_each_signal_alone_changes_no_answer(model_path: Path, draft: ModelDraft
     assert answers(llama, Speculation(draft, 0, horizon=HORIZON), n_prompts=1) == expected
     assert list(llama.spac.signals()) == [signal]
     assert llama.spac.signals()[signal].used > 0
+    llama.close()
+
+
+def test_the_sampled_token_is_told_before_a_draft_is_asked(model_path: Path, draft: ModelDraft, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its experts are read while the draft computes; and what it used is learned once."""
+    llama = load(model_path, signals=())
+    expected = answers(llama, None, n_prompts=1)
+    llama.close()
+    llama = load(model_path)
+    foresight = foresight_of(llama)
+    foresight.balancer.close()
+    foresight.balancer.has_drafted, foresight.balancer.choice = True, Choice(drafted=HORIZON, depth=1)
+    order: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            order.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(control, "foresee", noted("told", control.foresee))
+    monkeypatch.setattr(draft, "propose", noted("asked", draft.propose))
+    assert answers(llama, Speculation(draft, 0, horizon=HORIZON), n_prompts=1) == expected
+    assert order.count("asked") > 10
+    asked = [order[i - 1 : i + 2] for i in range(len(order)) if order[i] == "asked"][1:]  # nothing was learned before the first
+    assert all(around == ["told", "asked", "told"] for around in asked)
+    assert foresight.estimator.tokens_learned <= len(expected[0])
     llama.close()
 
 

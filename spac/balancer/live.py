@@ -411,12 +411,12 @@ class LiveBalancer:
         if 0 <= time.monotonic() - begin <= DEADLINE_S:
             choice = kept(self.choice, plan, state)
             if choice != self.choice:
-                _log.debug("balancer: %s, %.1f ms a token expected", choice, plan.seconds_per_token * 1e3)
+                _log.info("balancer: %s, %.1f ms a token expected", choice, plan.seconds_per_token * 1e3)
             self.choice = choice
             self._weigh_draft(plan, state)
         else:
             self.late += 1
-            _log.debug("balancer: a plan took longer than %.1f s, the last one stays", DEADLINE_S)
+            _log.info("balancer: a plan took longer than %.1f s, the last one stays", DEADLINE_S)
         self.plans += 1
 
     def _weigh_draft(self, plan: Plan, state: State) -> None:

@@ -24,7 +24,7 @@ def check(system: System, probe: StoresProbe | None) -> Iterator[Finding]:
     if pressure_s(system.root):
         yield Finding("kernel", "pressure", Level.ok, "pressure (PSI) is counted")
     else:
-        advice = "psi=1 on the kernel's command line adds it; only `spac bench` records it"
+        advice = "psi=1 on the kernel's command line adds it: experts give memory back sooner, and `spac bench` records it"
         yield Finding("kernel", "pressure", Level.note, "pressure (PSI) is not counted", advice)
 
 
