@@ -128,7 +128,6 @@ class Foresight:
         self._last = control.model_stats(model_id)
         self._calm_tokens = 0
         self._begun_s, self._lookup_s = 0.0, 0.0  # when the decode began; what looking up drafted tokens took
-        self._sampled: tuple[int, float] | None = None  # position of the token sampled last, if it was told, and the seconds of that
 
     def load(self, path: Path, model: str) -> None:
         """Take what was learned before, if the file is there and sound; `model` is the model's fingerprint."""
@@ -155,24 +154,6 @@ class Foresight:
             return 0
         return self.balancer.horizon
 
-    def sampled(self, position: int, token: int) -> None:
-        """A token was sampled, and a draft is about to be asked what may follow it: what is nearly certain of it is read meanwhile.
-
-        Args:
-            position: of the token in its sequence.
-        """
-        begin = time.perf_counter()
-        self._learn(position, [token])
-        if self._calm_tokens < IDLE_TOKENS and self.estimator.tokens_learned > 0 and self._read_from < NEVER:
-            p = self.estimator.probabilities([token])
-            control.foresee(self._model_id, foresight(p[0], p[1:]), self._read_from)
-        self._sampled = position, time.perf_counter() - begin
-
-    @property
-    def _read_from(self) -> float:
-        choice = self.balancer.choice
-        return READ_FROM if choice is not None and choice.depth and "tokens" in self.signals else NEVER
-
     def propose(self, proposal: Proposal, chances: Sequence[float], draft_s: float) -> None:
         """What may follow the last token sampled, for the next decode only.
 
@@ -190,10 +171,8 @@ class Foresight:
         Args:
             position: of the first one in its sequence.
         """
-        sampled, self._sampled = self._sampled, None
-        self._begun_s = time.perf_counter() - (sampled[1] if sampled else 0)
-        if sampled is None or sampled[0] != position:
-            self._learn(position, tokens)
+        self._begun_s = time.perf_counter()
+        self._learn(position, tokens)
         proposed, self._coming = self._coming, []
         self._now, self._drafted, self._after = None, self._after, None
         if not proposed and (tokens is None or len(tokens) > 1):  # a prompt
@@ -203,7 +182,8 @@ class Foresight:
         # chances fall along a proposal, so what follows the verified tokens is the end of what was proposed
         drafts = proposed[len(tokens) - 1 :] if "draft" in self.signals else []
         known = [[(token, 1.0)] for token in tokens]
-        read_from = self._read_from
+        choice = self.balancer.choice
+        read_from = READ_FROM if choice is not None and choice.depth and "tokens" in self.signals else NEVER
         if self.estimator.tokens_learned == 0 or (not drafts and read_from >= NEVER):
             return
         begin = time.perf_counter()

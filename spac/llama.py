@@ -186,11 +186,6 @@ class Handle:
         """What decides how much is drafted, verified and read ahead; None if nothing is foreseen."""
         return self._foresight.balancer if self._foresight is not None else None
 
-    def sampled(self, position: int, token: int) -> None:
-        """Say which token is decoded next, before a draft is asked what may follow it; `position`: of the token in its sequence."""
-        if self._foresight is not None:
-            self._foresight.sampled(position, token)
-
     def propose(self, proposal: Proposal, chances: Sequence[float], draft_s: float = 0.0) -> None:
         """Say which tokens may follow the last one sampled: it tells the pager what to keep in memory.
 

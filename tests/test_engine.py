@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -152,34 +151,6 @@ def test_each_signal_alone_changes_no_answer(model_path: Path, draft: ModelDraft
     assert answers(llama, Speculation(draft, 0, horizon=HORIZON), n_prompts=1) == expected
     assert list(llama.spac.signals()) == [signal]
     assert llama.spac.signals()[signal].used > 0
-    llama.close()
-
-
-def test_the_sampled_token_is_told_before_a_draft_is_asked(model_path: Path, draft: ModelDraft, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that its experts are read while the draft computes; and what it used is learned once."""
-    llama = load(model_path, signals=())
-    expected = answers(llama, None, n_prompts=1)
-    llama.close()
-    llama = load(model_path)
-    foresight = foresight_of(llama)
-    foresight.balancer.close()
-    foresight.balancer.has_drafted, foresight.balancer.choice = True, Choice(drafted=HORIZON, depth=1)
-    order: list[str] = []
-
-    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            order.append(name)
-            return function(*arguments)
-
-        return call
-
-    monkeypatch.setattr(control, "foresee", noted("told", control.foresee))
-    monkeypatch.setattr(draft, "propose", noted("asked", draft.propose))
-    assert answers(llama, Speculation(draft, 0, horizon=HORIZON), n_prompts=1) == expected
-    assert order.count("asked") > 10
-    asked = [order[i - 1 : i + 2] for i in range(len(order)) if order[i] == "asked"][1:]  # nothing was learned before the first
-    assert all(around == ["told", "asked", "told"] for around in asked)
-    assert foresight.estimator.tokens_learned <= len(expected[0])
     llama.close()
 
 

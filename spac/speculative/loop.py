@@ -156,8 +156,6 @@ class Speculation:
         asked = min(max(sensed, min(self._length.wanted, most)), room) if self.draft is not None else 0
         proposal, draft_s = Proposal([], []), 0.0
         if self.draft is not None and asked > 0:
-            if len(sequence) == llama.n_tokens + 1:
-                llama.spac.sampled(llama.n_tokens, sequence[-1])
             self.draft.follow(sequence[:-1])  # a prompt, or what came while nothing was drafted
             begin = time.perf_counter()
             proposal = self.draft.propose(sequence, asked).known_to(llama.n_vocab())
