@@ -47,7 +47,7 @@ MOST_DRAFTED: Final = 4
 HORIZON: Final = 4  # tokens, before there is a plan that knows the draft; beyond it a draft is rarely right
 MOST_OF_START: Final = 3  # of what beginning to draft takes, in tokens
 # Part of the misses that one more token's experts save if it is known, by its distance: between what known tokens save in the simulator
-# and what drafted ones save live (two 14 % of the bytes, four 18 %: docs/benchmarks/cells-before/). A wrong guess saves a part of that,
+# and what drafted ones save live (two 14 % of the bytes, four 18 %: docs/benchmarks/cells/). A wrong guess saves a part of that,
 # since the token that comes instead shares experts with it: what a real draft saves there is 0.74 to 0.88 of what known tokens do, where
 # 0.62 to 0.74 of its guesses are right (docs/benchmarks/lookahead-misses.md, a quarter of the experts).
 SAVED_BY_KNOWN: Final = (0.09, 0.06, 0.04, 0.04)
