@@ -155,13 +155,14 @@ class _Caching(Peer):
             if self.predict and plain in _found:  # what fits without prefetching is the most that may fit with it
                 sizes = sorted({_found[plain][0], *(s for s in sizes if s < _found[plain][0])}, reverse=True)
             tried: list[tuple[int, float]] = []
+            longest = max(task.prompts, key=lambda prompt: len(prompt.text))  # it takes most memory beside the cache
 
             def speed(size: int, *, short: bool = True) -> float:
-                arguments = self.with_cache(task, task.prompts[0].text, size)
+                arguments = self.with_cache(task, longest.text, size)
                 if short:
                     where = arguments.index("-n") + 1
                     arguments[where] = str(min(int(arguments[where]), TRIAL_TOKENS))
-                command = Command(arguments, self.environment(), task.prompts[:1])
+                command = Command(arguments, self.environment(), (longest,))
                 figures = self.figures(run(command), command)
                 tried.append((size, (decode_tokens_per_s(figures) or 0.0) if figures["complete"] else 0.0))
                 return tried[-1][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,21 @@ def test_the_search_is_made_once_for_a_limit(script: Script, model_path: Path, t
     assert predicting.prepare(task(model_path, 400 * MIB), run)["cache_mib"] == first["cache_mib"]
     assert max(map(int, runs[n:])) == first["cache_mib"]  # prefetching needs more room: nothing larger is tried
     assert f"--cache-mb {first['cache_mib']} " in " ".join(made.commands(task(model_path, 400 * MIB))[0].arguments)
+
+
+def test_the_search_reads_the_longest_prompt(script: Script, model_path: Path) -> None:
+    """A longer prompt takes more memory, and would not survive in what is left for a short one."""
+    made = make("bigmoe", {"bigmoe": script("--moe-stream")}, {})
+    assert made is not None
+    asked: set[tuple[str, int]] = set()
+
+    def run(command: Command) -> LimitedRun:
+        asked.add((command.arguments[command.arguments.index("-p") + 1], len(command.prompts)))
+        return LimitedRun(0, BIGMOE, "", 1.0, None, None)
+
+    long = dataclasses.replace(PROMPT, text=PROMPT.text * 2)
+    made.prepare(dataclasses.replace(task(model_path, 300 * MIB), prompts=(PROMPT, long, PROMPT)), run)
+    assert asked == {(long.text, 1)}
 
 
 # the lines that matter, shortened
