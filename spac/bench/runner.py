@@ -225,7 +225,7 @@ def merge(record: dict[str, Any], run: LimitedRun, figures: dict[str, Any]) -> N
     prompts = [*record["prompts"], *figures.pop("prompts")]
     record.update(figures)
     record["prompts"] = prompts
-    for name in ("wall_s", "device_read_bytes", "cpu_s", "major_faults"):
+    for name in ("wall_s", "device_read_bytes", "cpu_s", "major_faults", "present_s"):
         value = getattr(run, name)
         record[name] = value if record.get(name) is None or value is None else record[name] + value
     for name in ("peak_bytes", "page_cache_bytes", "cached_before_bytes"):

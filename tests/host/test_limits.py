@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import resource
 import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 import spac
 from spac.host import limits
 from spac.host.limits import Limits, run_limited
-from spac.host.memory import drop_file_cache
+from spac.host.memory import drop_file_cache, resident_bytes
 
 ALL = Limits(memory_bytes=1 << 30, read_bytes_per_s=90_000_000, read_iops=5000, cores=1, cpu_share=0.4)
 FIRST = str(min(os.sched_getaffinity(0)))
@@ -163,6 +166,30 @@ def test_dropping_the_page_cache_is_seen(tmp_path: Path) -> None:
     assert limits.cached_bytes([path]) == 1 << 20
     drop_file_cache(str(path))
     assert limits.cached_bytes([path]) < 1 << 20
+
+
+def test_memory_is_used_once_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It faults its pages in, keeps none of them, and takes no more than half of what there is."""
+    lengths: list[int] = []
+
+    class Map(mmap.mmap):
+        def __new__(cls, fd: int, length: int, **options: int) -> Self:
+            lengths.append(length)
+            return super().__new__(cls, fd, length, **options)
+
+        def madvise(self, *_: int) -> None:
+            raise OSError  # a kernel without huge pages: a fault for each page
+
+    monkeypatch.setattr(mmap, "mmap", Map)
+    faults, resident = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, resident_bytes()
+    assert limits.make_memory_present(64 << 20) > 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults >= (64 << 20) // mmap.PAGESIZE
+    assert resident_bytes() < resident + (32 << 20)
+    monkeypatch.setattr(limits, "available_bytes", lambda: 10 << 20)
+    limits.make_memory_present(64 << 20)
+    monkeypatch.setattr(limits, "available_bytes", lambda: 0)
+    limits.make_memory_present(64 << 20)
+    assert lengths == [64 << 20, 5 << 20]
 
 
 def test_a_command_does_not_inherit_what_importing_spac_set(monkeypatch: pytest.MonkeyPatch) -> None:
