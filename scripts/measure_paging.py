@@ -5,16 +5,18 @@
     .venv/bin/python scripts/measure_paging.py build/demo/4g.gguf --out docs/benchmarks/paging
     .venv/bin/python scripts/measure_paging.py --report docs/benchmarks/paging        # the tables again
 
-Each run decodes greedily in a control group. The bare reader (spac_reads_measure, in a process of its own), in the same group and so
-behind the same limits, reads the slices that the run had missed.
+Each run decodes greedily in a control group. After its last token the bare reader (spac_reads_measure, in a process of its own), in the
+same group and so behind the same limits, reads the slices that the run had missed, token by token. Not between tokens: that costs the
+run some milliseconds of each.
 
-- `speed`: the reader takes each token's slices as one stream, six in flight: what the disk alone would need. After each token, since a disk
-  is not equally fast from second to second; where reads are limited after the run, since a throttled group reads faster after a pause.
-  Once without looking at what it read, once touching every line of it, as whoever needs it must. At the end some random slices at
-  once: the time model's table of reads.
-- `misses`: with each layer's times (spac's recorder), the reader takes the slices after each token, layer by layer, with the token's
-  other time slept between them: into huge pages, the same and touched, and into small pages from all over memory.
+- `speed`: the reader takes each token's slices as one stream, six in flight: what the disk alone would need. Once without looking at
+  what it read, once touching every line of it, as whoever needs it must. At the end some random slices at once: the time model's table
+  of reads.
+- `misses`: with each layer's times (spac's recorder), the reader takes a token's slices layer by layer, with the token's other time slept
+  between them: into huge pages, the same and touched, and into small pages from all over memory.
 - `reference`: everything in memory, with a profile's processors: the trace and the compute times that the model starts from.
+
+What a layer waits besides its reads, and what computing loses to reading, is what `spac tune` measures, measured at the start.
 
 The group gets `ROOM_BYTES` more than spac is told, for the reader. Runs that are there already are kept, and those that others
 disturbed are named: delete them to have them again.
@@ -55,6 +57,7 @@ STREAMS: Final = ("huge", "touched")  # what the reader reads into, of a token's
 PAGES: Final = ("huge", "touched", "small")  # of a layer's
 SAMPLES: Final = 12  # of each depth
 PROMPT_TOKENS: Final = 48
+WAITS: Final = "waits.json"
 DISTURBED: Final = 0.05  # processor time of others, by processor time that there was
 # kind of run, profile, memory, read limit ("": the profile's)
 CELLS: Final = (
@@ -132,7 +135,7 @@ def run_worker(config: dict[str, Any]) -> None:
             pass
     tokens = engine.tokens(prompt)
     ids, rows, missed = [next(tokens)], [], []
-    for i in range(config["tokens"]):
+    for _ in range(config["tokens"]):
         before = handle.stats()
         begin = time.perf_counter()
         ids.append(next(tokens))
@@ -140,20 +143,16 @@ def run_worker(config: dict[str, Any]) -> None:
         after = handle.stats()
         row = {"wall_s": wall_s, "stall_s": after.stall_s - before.stall_s, **{name: getattr(after, name) - getattr(before, name) for name in ("misses", "reads", "bytes_read")}}
         absent = {event.layer: [e for e, hit in zip(event.experts, event.hits, strict=True) if not hit] for event in handle.events(before.events)}
-        visits = {layer: [tensor[e] for tensor in slices[layer] for e in experts] for layer, experts in absent.items()}
-        missed.append([s for visit in visits.values() for s in visit])
-        if kind == "misses":
-            expert_s = handle.recorder.trace().expert_s[-1]
-            for pages in PAGES if i % 2 else PAGES[::-1]:
-                row[pages] = replay_visits(reader, pages, visits, wall_s, expert_s, len(slices[min(slices)]))
-        if kind == "speed" and not config["limited"]:
-            row |= read_bare(reader, missed[-1], i)
+        missed.append({layer: [tensor[e] for tensor in slices[layer] for e in experts] for layer, experts in absent.items()})
         rows.append(row)
     samples = []
+    if kind == "misses":
+        for i, (row, visits, expert_s) in enumerate(zip(rows, missed, handle.recorder.trace().expert_s[-len(rows) :], strict=True)):
+            for pages in PAGES if i % 2 else PAGES[::-1]:
+                row[pages] = replay_visits(reader, pages, visits, row["wall_s"], expert_s, len(slices[min(slices)]))
     if kind == "speed":
-        for i, (row, chosen) in enumerate(zip(rows, missed, strict=True)):
-            if config["limited"]:
-                row |= read_bare(reader, chosen, i)
+        for i, (row, visits) in enumerate(zip(rows, missed, strict=True)):
+            row |= read_bare(reader, [s for visit in visits.values() for s in visit], i)
         every = [s for tensors in slices.values() for tensor in tensors for s in tensor]
         shuffle = random.Random(1)
         for i in range(SAMPLES * len(DEPTHS)):
@@ -193,6 +192,18 @@ def replay_visits(
 # -- outside --
 
 
+def waits_of(model: Path) -> dict[str, float]:
+    """`Compute`'s `slice_s`, `contention_s` and `visit_s`, as `spac tune` measures them."""
+    from spac import device
+    from spac.gguf.check import check_model
+    from spac.gguf.reader import read_gguf
+    from spac.plan.forecast import Machine, Work
+
+    machine = Machine(device.measure(model, n_threads=allowed_cores()), cgroups.Limits())
+    layer = Work.of(check_model(model), read_gguf(str(model)).tensors).layers[0]
+    return {"slice_s": machine.slice_s(layer), "contention_s": machine.contention_s(layer), "visit_s": machine.device.visit_s}
+
+
 def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: int, out: Path) -> dict[str, Any]:
     """One run's record; a reference's trace is written beside it."""
     kind, name, memory, read = cell
@@ -207,7 +218,7 @@ def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: i
     trace = str(out / f"trace-{name}.npz") if record_routing and kind == "reference" else ""
     config = {
         "kind": kind, "engine": "spac", "model": str(model), "tokens": tokens,
-        "threads": limits.cores or allowed_cores(), "trace": trace, "limited": limits.read_bytes_per_s is not None,
+        "threads": limits.cores or allowed_cores(), "trace": trace,
         "arguments": {"paging": "on", "memory": limits.memory_bytes or 2 * size, "record_routing": record_routing},
     }  # fmt: skip
     record: dict[str, Any] = {
@@ -260,6 +271,8 @@ def main() -> None:
         used = sorted({cell[1] for cell in CELLS if cell[0] == "speed"})
         cells = [("reference", name, how, "") for name in used for how in ("plain", "traced")] + list(CELLS)
         (options.out / "runs").mkdir(parents=True, exist_ok=True)
+        if not (options.out / WAITS).exists():
+            (options.out / WAITS).write_text(json.dumps(waits_of(options.model.resolve()), indent=1) + "\n")
         for repeat in range(options.repeats):
             for cell in cells:
                 path = options.out / "runs" / file_name(cell, repeat)
@@ -356,10 +369,12 @@ def models(runs: list[dict[str, Any]], folder: Path) -> list[str]:
         "| profile | memory | reads limited to | reads | misses, run / replay | measured | predicted | off by | tokens |", "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     errors = []
+    waits = json.loads((folder / WAITS).read_text()) if (folder / WAITS).exists() else {}
     for run in runs:
         if run["kind"] != "speed":
             continue
         compute, trace, ids = compute_of(runs, run["profile"], folder)
+        compute = dataclasses.replace(compute, **waits)
         bundle_bytes = max(trace.bundle_bytes)
         replayed = replay(trace, slots_of(run, trace))
         reads = reads_of(run, runs, bundle_bytes // 3)

@@ -144,7 +144,7 @@ class Device:
 
         rows = [row for row in self.reads if row.store == self.store]
         rates = {(row.size_bytes, row.depth): row.size_bytes * row.depth / getattr(row, which) for row in rows}
-        return Reads(rates, contention_s=self.contention_s)
+        return Reads(rates, contention_s=self.contention_s, visit_s=self.visit_s)
 
     def weights_per_s(self, type_name: str, n_tokens: float) -> float:
         """Weights times tokens a second, interpolated between measured batches.

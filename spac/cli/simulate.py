@@ -84,7 +84,7 @@ def simulate(
     if reads is not None:
         measured = load_reads(reads, read_limit)
         times = Compute.measured(Trace.load(compute if compute is not None else trace), token_s)
-        model = (replace(times, contention_s=measured.contention_s), measured)
+        model = (replace(times, contention_s=measured.contention_s, visit_s=measured.visit_s), measured)
     replays = [(text, replay(loaded, n, name, quota.value)) for text, n in sizes for name in split(policy or ["default,lru,min"])]
     results = [describe(loaded, text, replayed, model) for text, replayed in replays]
     if as_json:

@@ -257,13 +257,12 @@ def decode_s(work: Work, machine: Machine, miss: float, reads: Reads, *, attenti
     busy_s, waiting_s = dense_s, dense_s
     for layer, n in Counter(work.layers).items():
         expert_s = slower * machine.compute_s(layer.weights)
-        compute = Compute(0.0, expert_s, machine.slice_s(layer), machine.contention_s(layer))
+        compute = Compute(0.0, expert_s, machine.slice_s(layer), machine.contention_s(layer), device.visit_s)
         busy_s += n * work.n_used * expert_s
         for missed in range(work.n_used + 1):
             chance = math.comb(work.n_used, missed) * miss**missed * (1 - miss) ** (work.n_used - missed)
             if chance > 1e-6:
-                visit_s = device.visit_s if missed else 0.0
-                waiting_s += n * chance * (layer_s(work.n_used, missed, layer.read_bytes, compute, reads) + visit_s)
+                waiting_s += n * chance * layer_s(work.n_used, missed, layer.read_bytes, compute, reads)
     read_bytes = miss * work.n_used * sum(layer.read_bytes for layer in work.layers)
     return max(waiting_s, busy_s / (machine.limits.cpu_share or 1.0), read_bytes / (reads.limit_bytes_per_s or math.inf))
 

@@ -28,12 +28,13 @@ PIECE_BYTES: Final = 960 << 10  # at most, of what one thread reads of a slice a
 class Reads:
     """Bandwidth of a bare reader, bytes/s, by size of a read in bytes and reads in flight (asked for at once, from none).
 
-    `contention_s` is `Compute`'s, where `spac tune` measured it.
+    `contention_s` and `visit_s` are `Compute`'s, where `spac tune` measured them.
     """
 
     by_size_and_depth: dict[tuple[int, int], float]
     limit_bytes_per_s: float | None = None  # of a control group: see `limited`
     contention_s: float = 0.0
+    visit_s: float = 0.0
 
     @classmethod
     def load(cls, path: str) -> Reads:
@@ -74,13 +75,15 @@ class Compute:
     """Seconds of a decoded token with all experts in memory: in all, and of that in one expert-token's three products.
 
     `slice_s` is what a slice costs besides its bytes, once it has been read: being rearranged, and waking who waits for it.
-    `contention_s` is what computing loses, on all threads, for each byte that is read and rearranged meanwhile.
+    `contention_s` is what computing loses, on all threads, for each byte that is read and rearranged meanwhile; `visit_s` what a layer
+    that misses experts waits besides its reads.
     """
 
     token_s: float
     expert_token_s: float
     slice_s: float = 0.0
     contention_s: float = 0.0
+    visit_s: float = 0.0
 
     @classmethod
     def measured(cls, trace: Trace, token_s: float | None = None) -> Compute:
@@ -170,7 +173,8 @@ def layer_s(used: int, missed: int, bundle_bytes: int, compute: Compute, reads: 
         now += (used - missed) * product_s
         for arrival in there[part * missed : (part + 1) * missed]:
             now = max(now, arrival) + product_s
-    return max(now, used * compute.expert_token_s + missed * bundle_bytes * compute.contention_s)
+    waited_s = compute.visit_s if missed else 0.0
+    return waited_s + max(now, used * compute.expert_token_s + missed * bundle_bytes * compute.contention_s)
 
 
 def limited(reads: Reads, bytes_per_s: float) -> Reads:

@@ -81,10 +81,11 @@ def test_speed_is_predicted_from_what_tune_keeps(cli: Cli, trace_path: Path, tmp
     device.save(make_device(), kept)
     result = json.loads(cli(*arguments).out)["results"][0]
     assert 0 < result["tokens_per_s"] <= 100
-    device.save(make_device(contention_s=1e-6), kept)
-    contended = json.loads(cli(*arguments).out)["results"][0]
-    assert contended["tokens_per_s"] < result["tokens_per_s"]
-    assert contended["bound_tokens_per_s"] == result["bound_tokens_per_s"]
+    for slower in (make_device(contention_s=1e-6), make_device(visit_s=1e-3)):
+        device.save(slower, kept)
+        predicted = json.loads(cli(*arguments).out)["results"][0]
+        assert predicted["tokens_per_s"] < result["tokens_per_s"]
+        assert predicted["bound_tokens_per_s"] == result["bound_tokens_per_s"]
     kept.write_text(kept.read_text()[:-9])
     assert "damaged; run spac tune" in cli("simulate", trace_path, "--reads", kept).line
 
