@@ -10,8 +10,8 @@ same group and so behind the same limits, reads the slices that the run had miss
 run some milliseconds of each.
 
 - `speed`: the reader takes each token's slices as one stream, six in flight: what the disk alone would need. Once without looking at
-  what it read, once touching every line of it, as whoever needs it must. At the end some random slices at once: the time model's table
-  of reads.
+  what it read, once touching every line of it, as whoever needs it must. At the end some random slices at once, touched: the time
+  model's table of reads.
 - `misses`: with each layer's times (spac's recorder), the reader takes a token's slices layer by layer, with the token's other time slept
   between them: into huge pages, the same and touched, and into small pages from all over memory.
 - `reference`: everything in memory, with a profile's processors: the trace and the compute times that the model starts from.
@@ -157,7 +157,7 @@ def run_worker(config: dict[str, Any]) -> None:
         shuffle = random.Random(1)
         for i in range(SAMPLES * len(DEPTHS)):
             chosen = shuffle.sample(every, DEPTHS[i % len(DEPTHS)])
-            samples.append((len(chosen), sum(length for _, length in chosen), reader.seconds(chosen, len(chosen), "huge")))
+            samples.append((len(chosen), sum(length for _, length in chosen), reader.seconds(chosen, len(chosen), "touched")))
     if kind == "reference" and config["trace"]:
         handle.recorder.trace().save(config["trace"])
     stats = handle.stats()
@@ -234,7 +234,7 @@ def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: i
     run = cgroups.run_limited([sys.executable, __file__, "--worker", json.dumps(config)], **enforced, measure=True, files=[model])
     if run.returncode != 0:
         raise SystemExit(f"{cell}: exit code {run.returncode}{' (killed at the memory limit)' if run.oom_killed else ''}\n{run.stderr[-2000:]}")
-    others = (machine_busy_s() - busy_s - run.cpu_s) / (time.monotonic() - begin) / (os.cpu_count() or 1)
+    others = (machine_busy_s() - busy_s - run.cpu_s - run.present_s) / (time.monotonic() - begin) / (os.cpu_count() or 1)
     return {**record, **json.loads(run.stdout.splitlines()[-1]), "device_read_bytes": run.device_read_bytes, "peak_bytes": run.peak_bytes, "others_share": others}
 
 
@@ -365,7 +365,7 @@ def table(samples: list[tuple[int, int, float]], slice_bytes: int) -> Reads:
 def models(runs: list[dict[str, Any]], folder: Path) -> list[str]:
     """Predicted against measured, run by run."""
     lines = [
-        "## Time model\n", "tokens/s, run by run. *Misses*: of the run, and of the replay of the trace in as many bundles. *Reads*: MB/s of the bare reader, three and six at once, or \"limited\".\n",
+        "## Time model\n", "tokens/s, run by run. *Misses*: of the run, and of the replay of the trace in as many bundles. *Reads*: MB/s of the bare reader, touching what it read, three and six at once, or \"limited\".\n",
         "| profile | memory | reads limited to | reads | misses, run / replay | measured | predicted | off by | tokens |", "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     errors = []
