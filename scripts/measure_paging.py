@@ -230,11 +230,12 @@ def measure(model: Path, cell: tuple[str, str, str, str], tokens: int, repeat: i
     enforced = {key: value for key, value in dataclasses.asdict(limits).items() if key not in record["not_enforced"]}
     if enforced["memory_bytes"]:
         enforced["memory_bytes"] += ROOM_BYTES
+    cgroups.make_memory_present(enforced["memory_bytes"] or size)
     busy_s, begin = machine_busy_s(), time.monotonic()
     run = cgroups.run_limited([sys.executable, __file__, "--worker", json.dumps(config)], **enforced, measure=True, files=[model])
     if run.returncode != 0:
         raise SystemExit(f"{cell}: exit code {run.returncode}{' (killed at the memory limit)' if run.oom_killed else ''}\n{run.stderr[-2000:]}")
-    others = (machine_busy_s() - busy_s - run.cpu_s - run.present_s) / (time.monotonic() - begin) / (os.cpu_count() or 1)
+    others = (machine_busy_s() - busy_s - run.cpu_s) / (time.monotonic() - begin) / (os.cpu_count() or 1)
     return {**record, **json.loads(run.stdout.splitlines()[-1]), "device_read_bytes": run.device_read_bytes, "peak_bytes": run.peak_bytes, "others_share": others}
 
 

@@ -159,7 +159,7 @@ class Bench:
         self._save(path, record)  # what a bench that is killed leaves: marked incomplete
         try:
             time.sleep(self.options.pause_s)
-            record["tuning"] = contender.prepare(task, lambda command: self._limited(command, enforced, None))
+            record["tuning"] = contender.prepare(task, lambda command: self._tuning(command, enforced))
             if self.options.loadgen:
                 task = dataclasses.replace(task, loadgen_folder=str(path.with_suffix("").resolve()))
             self._measured(contender, task, enforced, record)
@@ -176,6 +176,7 @@ class Bench:
         commands = contender.commands(task)
         record["commands"] = [command.arguments for command in commands]
         record["environment"] = commands[0].environment
+        record["present_s"] = self._make_memory_present(enforced)
         meter = Meter()
         meter.start()
         complete = True
@@ -195,6 +196,13 @@ class Bench:
             record["complete"] = complete
             record["board"] = meter.result()
             record["warnings"] = warnings(record)
+
+    def _tuning(self, command: Command, enforced: Limits) -> LimitedRun:
+        self._make_memory_present(enforced)
+        return self._limited(command, enforced, None)
+
+    def _make_memory_present(self, enforced: Limits) -> float:
+        return cgroups.make_memory_present(enforced.memory_bytes or self.model_bytes)
 
     def _limited(self, command: Command, enforced: Limits, meter: Meter | None) -> LimitedRun:
         with tempfile.TemporaryDirectory() as folder:  # some peers leave a log where they run
@@ -225,7 +233,7 @@ def merge(record: dict[str, Any], run: LimitedRun, figures: dict[str, Any]) -> N
     prompts = [*record["prompts"], *figures.pop("prompts")]
     record.update(figures)
     record["prompts"] = prompts
-    for name in ("wall_s", "device_read_bytes", "cpu_s", "major_faults", "present_s"):
+    for name in ("wall_s", "device_read_bytes", "cpu_s", "major_faults"):
         value = getattr(run, name)
         record[name] = value if record.get(name) is None or value is None else record[name] + value
     for name in ("peak_bytes", "page_cache_bytes", "cached_before_bytes"):

@@ -28,6 +28,7 @@ _ROOT = Path("/sys/fs/cgroup")
 _SECTOR_BYTES = 512
 _PERIOD_US = 100_000  # of the processor quota; the kernel's default
 SAMPLE_S = 0.5
+_STEP_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,6 @@ class LimitedRun:
         device_read_bytes: read from the block device meanwhile, by any process; None if it has no counters.
         page_cache_bytes: the group's largest page cache, sampled every `SAMPLE_S`; None without a group.
         cached_before_bytes: what of the files was still in memory at the start, although it was dropped.
-        present_s: what using as much memory for the first time took, before the start: see `make_memory_present`.
         cpu_s: processor seconds of the command and what it waited for.
         major_faults: page faults that had to read.
         oom_killed: the kernel killed it at the memory limit.
@@ -82,7 +82,6 @@ class LimitedRun:
     device_read_bytes: int | None
     page_cache_bytes: int | None = None
     cached_before_bytes: int = 0
-    present_s: float = 0.0
     cpu_s: float = 0.0
     major_faults: int = 0
     oom_killed: bool = False
@@ -291,7 +290,9 @@ def make_memory_present(n_bytes: int) -> float:
         with mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
             with contextlib.suppress(OSError):
                 memory.madvise(mmap.MADV_HUGEPAGE)
-            memory[:: mmap.PAGESIZE] = bytes(length // mmap.PAGESIZE)
+            for at in range(0, length, _STEP_BYTES):  # Ctrl-C is heard between two steps
+                end = min(at + _STEP_BYTES, length)
+                memory[at : end : mmap.PAGESIZE] = bytes((end - at) // mmap.PAGESIZE)
     return time.perf_counter() - start
 
 
@@ -319,8 +320,7 @@ def run_limited(
         command: program and arguments.
         memory_bytes, read_bytes_per_s, read_iops, cores, cpu_share: see `Limits`. Reads are those from the disk that holds `files[0]`.
         measure: make a group even if nothing is limited, for its figures.
-        files: model files; dropped from the page cache first. Then the machine's memory is made present: as much as the limit, else as
-            the files are large.
+        files: model files; dropped from the page cache first.
         environment: variables to add.
         folder: where it runs; None: where we are.
         timeout_s: kill it after this long; the returncode is then -9.
@@ -334,7 +334,6 @@ def run_limited(
     device = device_of(files[0]) if files else None
     drop_file_cache(*map(str, files))
     cached = cached_bytes(files)
-    present_s = make_memory_present(memory_bytes or sum(path.stat().st_size for path in files)) if files else 0.0
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(_group(limits, device)) if limits.names() or measure else None
         watch = _Watch(group, on_sample)
@@ -363,7 +362,6 @@ def run_limited(
             device_read_bytes=after - before if before is not None and after is not None else None,
             page_cache_bytes=watch.page_cache_bytes,
             cached_before_bytes=cached,
-            present_s=present_s,
             cpu_s=usage_after.ru_utime + usage_after.ru_stime - usage.ru_utime - usage.ru_stime,
             major_faults=usage_after.ru_majflt - usage.ru_majflt,
             oom_killed=group.oom_kills() > 0 if group else False,
