@@ -29,7 +29,7 @@ from spac.errors import (
 )
 from spac.stats import LayerStats, ModelInfo, ModelStats, RoutedLayer, RoutingEvent, StoresProbe
 
-ABI_VERSION: Final = 9
+ABI_VERSION: Final = 10
 EVENT_MAX_EXPERTS: Final = 32
 IO_THREADS: Final = 6  # default of `Options.n_io_threads`: spac/native/library.cpp
 
@@ -438,6 +438,11 @@ def spac_context_free(context: int, /) -> None: ...
 # void spac_cancel(spac_context * context);
 @_function("spac_cancel", [ctypes.c_void_p], None)
 def spac_cancel(context: int, /) -> None: ...
+
+
+# bool spac_context_trim(spac_context * context);
+@_function("spac_context_trim", [ctypes.c_void_p], ctypes.c_bool)
+def spac_context_trim(context: int, /) -> bool: ...
 
 
 # int spac_context_take_error(spac_context * context, spac_error * error);

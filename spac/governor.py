@@ -13,17 +13,21 @@ from dataclasses import dataclass
 from spac.errors import BudgetError
 from spac.host import memory
 from spac.host.memory import format_bytes
-from spac.plan.fit import reserve_bytes, with_reserve
+from spac.plan.fit import MIN_UBATCH, reserve_bytes, with_reserve
 
 
 @dataclass
 class _Member:
     limit_bytes: int
     floor_bytes: int = 0
-    n_ubatch: int = 0
-    untouched_bytes: int = 0  # allocated, but not in memory before a ubatch of full size was computed
-    n_seen: int = 0  # tokens of the largest ubatch so far
-    growing: bool = True  # the next or running decode may touch all of untouched_bytes
+    n_ubatch: int = 1
+    compute_bytes: int = 0  # buffers of a ubatch; fewer tokens touch about their part of them
+    n_touched: int = 0  # tokens of the largest ubatch since they were last trimmed: what is in memory of them
+    n_next: int = 0  # tokens of the ubatch that comes or is computed
+
+    @property
+    def untouched_bytes(self) -> int:
+        return self.compute_bytes * max(0, self.n_next - self.n_touched) // self.n_ubatch
 
 
 class Governor:
@@ -57,8 +61,8 @@ class Governor:
         return min((member.limit_bytes for member in self._members.values()), default=0)
 
     def rest_bytes(self) -> int:
-        """What the process takes besides experts, buffers that it has not touched yet included."""
-        untouched = sum(member.untouched_bytes for member in self._members.values() if member.growing)
+        """What the process takes besides experts, with what decodes are about to touch."""
+        untouched = sum(member.untouched_bytes for member in self._members.values())
         return max(0, self._resident() - self._used_bytes()) + untouched
 
     def admit(self, limit_bytes: int, floor_bytes: int, need_bytes: int) -> int:
@@ -80,19 +84,18 @@ class Governor:
             self._apply(max(self._floor(), min(budget, self.budget_bytes)))
             return member
 
-    def settle(self, member: int, floor_bytes: int, untouched_bytes: int, n_ubatch: int) -> int:
+    def settle(self, member: int, floor_bytes: int, compute_bytes: int, n_ubatch: int) -> int:
         """Give experts all that is left, now that the model is loaded; returns the budget in bytes.
 
         Args:
-            untouched_bytes: compute buffers; a decode of n tokens touches those of min(n, n_ubatch) tokens.
+            compute_bytes: compute buffers, in memory when the first ubatch of n_ubatch tokens has been computed.
 
         Raises:
             BudgetError: what is left is below a floor.
         """
         with self._lock:
-            self._members[member].floor_bytes = floor_bytes
-            self._members[member].untouched_bytes = untouched_bytes
-            self._members[member].n_ubatch = n_ubatch
+            m = self._members[member]
+            m.floor_bytes, m.compute_bytes, m.n_ubatch, m.n_next = floor_bytes, compute_bytes, n_ubatch, n_ubatch
             budget = self._left()
             floor = self._floor()
             if budget < floor:
@@ -106,19 +109,25 @@ class Governor:
             return budget
 
     def before_decode(self, member: int, n_tokens: int) -> None:
-        """Make room if the decode may touch buffers that none before it did."""
+        """Make room for what the decode will touch of its buffers."""
         with self._lock:
             m = self._members[member]
-            if min(n_tokens, m.n_ubatch) > m.n_seen and not m.growing:
-                m.growing = True
+            before, m.n_next = m.untouched_bytes, min(n_tokens, m.n_ubatch)
+            if m.untouched_bytes != before:
                 self._follow()
 
-    def after_decode(self, member: int, n_tokens: int) -> None:
-        """Follow what the rest really takes now."""
+    def after_decode(self, member: int, n_tokens: int, trim: Callable[[], bool]) -> None:
+        """Follow what the rest really takes now.
+
+        Args:
+            trim: gives back all that is in memory of the compute buffers, if it can: called when a prompt is over, which needed more
+                of them than tokens one by one do.
+        """
         with self._lock:
             m = self._members[member]
-            m.n_seen = max(m.n_seen, min(n_tokens, m.n_ubatch))
-            m.growing = False
+            m.n_touched = max(m.n_touched, min(n_tokens, m.n_ubatch))
+            if n_tokens <= MIN_UBATCH < m.n_touched and trim():
+                m.n_touched = m.n_next = 0
             self._follow()
 
     def _follow(self) -> None:

@@ -51,8 +51,8 @@ _live: weakref.WeakSet[Llama] = weakref.WeakSet()
 _forked = False  # from a process with a model
 
 
-def void(_: object) -> None:
-    """Drop a value."""
+def void(*_: object) -> None:
+    """Drop values."""
 
 
 def _used_bytes() -> int:
@@ -214,7 +214,7 @@ class Llama(llama_cpp.Llama):
       refused. When all fits, weights are mapped as stock does, unless repacked copies would then exceed `memory`.
     - `flash_attn` defaults to llama.cpp's own choice ("auto") instead of off.
     - `n_ubatch`, if it is not given, is 512 as in stock, or less where experts are paged and compute buffers of that size
-      would take more than an eighth of `memory` from them (`spac.plan.fit.paged_ubatch`).
+      would take more than half of what they and experts share (`spac.plan.fit.paged_ubatch`).
     - `n_threads` and `n_threads_batch` default to the physical cores, instead of half of and all the logical ones.
     - `n_ctx=0` takes the training context from the file, as stock does, but before the memory plan is made.
     - A decode can be stopped by `spac.cancel()` and fails with `ExpertReadError` when weights cannot be read. Afterwards the

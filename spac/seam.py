@@ -140,7 +140,7 @@ class Context(_StockContext):  # type: ignore[misc]
         params: Any,
         verbose: bool,
         before_decode: Callable[[int], None],
-        after_decode: Callable[[int], None],
+        after_decode: Callable[[int, Callable[[], bool]], None],
         recorder: Recorder | None = None,
     ) -> None:
         self.sampler = None
@@ -190,7 +190,7 @@ class Context(_StockContext):  # type: ignore[misc]
                 self._recorder.after_decode(batch.batch, code == 0)
             if code != 0:
                 raise self._error("llama_decode", code)
-            self._after_decode(n_tokens)
+            self._after_decode(n_tokens, self._trim)
             if self.foresight is not None:
                 self.foresight.after(position, tokens)
 
@@ -210,6 +210,10 @@ class Context(_StockContext):  # type: ignore[misc]
         if code == 2:
             return Cancelled("stopped by the abort callback")
         return DecodeError(f"{function} returned {code}")
+
+    def _trim(self) -> bool:
+        """Give the compute buffer's pages back, between decodes; False: none is known."""
+        return self.spac_context is not None and control.spac_context_trim(self.spac_context)
 
     def cancel(self) -> None:
         """Stop the running decode, or the next one. Any thread; nothing happens after close."""

@@ -42,6 +42,36 @@ def test_peak_in_a_control_group(big_model: Path, memory_mib: int, options: list
     assert run.peak_bytes <= memory_mib * MIB, f"{run.peak_bytes / MIB:.1f} MiB"
 
 
+ALTERNATING = """
+import json, sys, spac
+llama = spac.Llama(sys.argv[1], memory=sys.argv[2], n_ctx=1024, n_ubatch=512, verbose=False)
+budgets = []
+for chat in range(3):
+    llama.reset()
+    llama.eval(llama.tokenize(f"{chat} The purpose of this page is".encode() * 90)[:700])
+    prompt = llama.spac.stats().budget_bytes
+    for token in range(24):
+        llama.eval([100 + token])
+    budgets.append((prompt, llama.spac.stats().budget_bytes))
+print(json.dumps({"budgets": budgets, "compute": llama.spac.plan.sizes.compute_bytes}))
+"""
+
+
+def test_buffers_of_a_prompt_and_experts_take_turns(big_model: Path) -> None:
+    """Prompts and tokens one by one in turn: a prompt's buffers become the experts' and the other way round, within the limit."""
+    reason = limits.unavailable()
+    if reason:
+        pytest.skip(reason)
+    command = [sys.executable, "-c", ALTERNATING, str(big_model), "300M"]
+    run = limits.run_limited(command, memory_bytes=600 * MIB, files=[big_model], timeout_s=300)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    for prompt, decoding in result["budgets"]:
+        assert decoding - prompt > result["compute"] * 0.7
+    assert run.peak_bytes is not None
+    assert run.peak_bytes <= 300 * MIB, f"{run.peak_bytes / MIB:.1f} MiB"
+
+
 def window_rss_bytes(pid: int | str = "self") -> int:
     """Resident bytes of all windows of a process: dontcopy and told about huge pages; what reads arrive in is left out of dumps as well."""
     total, rss = 0, 0

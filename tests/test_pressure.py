@@ -28,9 +28,8 @@ hog = subprocess.Popen([sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdou
 group = min(memory.cgroup_limits(), key=lambda g: g.limit_bytes)
 assert group.limit_bytes == limit
 llama = spac.Llama(path, memory=limit - (24 << 20), paging="on", n_ctx=512, verbose=False)
-before = llama.spac.stats()
 result, pieces = generate(llama, tokenize(llama, sys.argv[3]), Sampling(temperature=0), 48)
-taken, least = 0, before.budget_bytes
+taken, budgets = 0, []
 for piece in pieces:
     if taken < limit // 3:
         hog.stdin.write("more\\n")
@@ -39,13 +38,13 @@ for piece in pieces:
         taken += 4 << 20
         while memory.cgroup_limits()[0].limit_bytes - memory.cgroup_limits()[0].used_bytes < 4 << 20:
             time.sleep(0.01)
-    least = min(least, llama.spac.stats().budget_bytes)
+    budgets.append(llama.spac.stats().budget_bytes)
 hog.kill()
 hog.wait()
 after = llama.spac.stats()
 while llama.spac.stats().budget_bytes < llama.spac.stats().granted_bytes:
     time.sleep(0.1)
-print(json.dumps({"tokens": result.token_ids, "taken": taken, "before": before.budget_bytes, "least": least, "shortages": after.shortages,
+print(json.dumps({"tokens": result.token_ids, "taken": taken, "most": max(budgets), "least": min(budgets[budgets.index(max(budgets)):]), "shortages": after.shortages,
                   "granted": after.granted_bytes, "floor": llama.spac.info().floor_bytes}))
 """
 
@@ -74,7 +73,7 @@ def test_experts_give_way_to_another_process(big_model: Path) -> None:
     assert result["tokens"] == tokens_of(big_model)
     assert result["shortages"] >= 1
     assert result["taken"] >= limit // 3
-    assert result["floor"] <= result["least"] < result["before"] - limit // 6
+    assert result["floor"] <= result["least"] < result["most"] - limit // 6
     assert result["granted"] >= result["least"]
 
 

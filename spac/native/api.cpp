@@ -276,6 +276,10 @@ void spac_cancel(spac_context * context) {
     }
 }
 
+bool spac_context_trim(spac_context * context) {
+    return context && context->trim();
+}
+
 int spac_context_take_error(spac_context * context, spac_error * error) {
     if (const int code = check_size(error, "spac_error")) {
         return code;

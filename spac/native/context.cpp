@@ -1,5 +1,8 @@
 #include "context.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstring>
 
 void spac_context::stop(int code, int os_error, const std::string & path, uint64_t offset, uint64_t length) {
@@ -22,4 +25,12 @@ int spac_context::take(spac_error & error) {
     error_            = spac_error{};
     stopped.store(false, std::memory_order_release);
     return error.code;
+}
+
+bool spac_context::trim() {
+    const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
+    const uintptr_t base  = compute_base.exchange(0);
+    const uintptr_t begin = (base + page - 1) / page * page;
+    const uintptr_t end   = (base + compute_bytes) / page * page;
+    return base && begin < end && madvise((void *) begin, end - begin, MADV_DONTNEED) == 0;
 }

@@ -35,6 +35,10 @@ struct spac_context {
 
     std::atomic<bool> stopped{ false };
 
+    // The compute buffer of the last graph that had paged experts. Written while it is computed, read between decodes.
+    std::atomic<uintptr_t> compute_base{ 0 };
+    std::atomic<size_t>    compute_bytes{ 0 };
+
     // guarded by the pager's mutex
     spac::Visit visit;
     int         last_group = 1 << 30;  // index of the group last visited: a smaller or equal one begins a ubatch
@@ -43,6 +47,9 @@ struct spac_context {
     // The first error stays until it is taken.
     void stop(int code, int os_error, const std::string & path, uint64_t offset, uint64_t length);
     int  take(spac_error & error);
+
+    // Gives back the pages of the compute buffer, if one is known: nothing in it outlives a decode, and the next one writes before it reads.
+    bool trim();
 
   private:
     std::mutex error_mutex_;

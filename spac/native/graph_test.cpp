@@ -1,5 +1,6 @@
 // The hooks in ggml's own MUL_MAT_ID: outputs on paged weights are bit for bit those on plain weights.
 #include "include/spac.h"
+#include "buffer-type.h"
 #include "repack.h"
 #include "testing.h"
 
@@ -19,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 namespace {
@@ -287,4 +289,34 @@ TEST_CASE("repacked weights: a token's results are the same in a batch, where fo
         }
     }
     MESSAGE(n_types, " types");
+}
+
+TEST_CASE("a context gives back what is in memory of its compute buffer, and the next graph finds it as good as new") {
+    REQUIRE(spac_init() == SPAC_OK);
+    REQUIRE(spac_budget_set(64 << 20) == SPAC_OK);
+    const WeightFile file(GGML_TYPE_Q4_0);
+    Graph            graph(file, GGML_TYPE_Q4_0, 256, SPAC_STORE_AUTO, false);
+    uint8_t * const  base = (uint8_t *) ggml_backend_buffer_get_base(graph.data_buffer);
+    const size_t     size = ggml_backend_buffer_get_size(graph.data_buffer), page = (size_t) sysconf(_SC_PAGESIZE);
+    const auto       resident_pages = [&] {
+        uint8_t * const      first = (uint8_t *) ((uintptr_t) base / page * page);
+        std::vector<uint8_t> pages((size_t) (base + size - first + page - 1) / page);
+        REQUIRE(mincore(first, pages.size() * page, pages.data()) == 0);
+        return std::count_if(pages.begin(), pages.end(), [](uint8_t p) { return p & 1; });
+    };
+    spac_context * context = spac_context_new(nullptr, nullptr);
+    CHECK(!spac_context_trim(nullptr));
+    CHECK(!spac_abort_callback(context));  // as llama.cpp calls it: this thread computes for this context
+    graph.compute(1, 2);
+    CHECK(!spac_context_trim(context));  // not a compute buffer
+    ggml_backend_buffer_set_usage(graph.data_buffer, GGML_BACKEND_BUFFER_USAGE_COMPUTE);
+    const std::vector<float> before = graph.compute(1, 2);
+    CHECK(resident_pages() > 16);
+    CHECK(spac_context_trim(context));
+    CHECK(resident_pages() <= 2);            // its ends, shared with others' memory
+    CHECK(!spac_context_trim(context));  // given back already
+    CHECK(same_bits(graph.compute(1, 2), before));
+    CHECK(spac_context_trim(context));
+    spac::set_current_context(nullptr);
+    spac_context_free(context);
 }

@@ -25,7 +25,7 @@ RESERVE_BYTES: Final = 14 * MIB
 PAGE_TABLE_DIVISOR: Final = 512
 
 MIN_UBATCH: Final = 32
-COMPUTE_DIVISOR: Final = 8
+COMPUTE_DIVISOR: Final = 2
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ def reserve_bytes(limit_bytes: int) -> int:
 
 
 def paged_ubatch(n_ubatch: int, limit_bytes: int, base_bytes: int, sizes: Sizes) -> int:
-    """The ubatch for a paged model: a power of two, at least MIN_UBATCH, with compute buffers of at most an eighth of the limit.
+    """The ubatch for a paged model: a power of two, at least MIN_UBATCH, with compute buffers of at most half of what they and
+    experts share.
 
-    A long ubatch reads every expert once for many tokens, but its buffers are memory that experts do not get. The ubatch that
+    A long ubatch reads every expert once for many tokens. Its buffers are the experts' again when the prompt is over. The ubatch that
     was measured stays if the model fits whole, or if its buffers are small already.
 
     Args:
@@ -98,7 +99,8 @@ def paged_ubatch(n_ubatch: int, limit_bytes: int, base_bytes: int, sizes: Sizes)
     """
     if _whole(limit_bytes, base_bytes, sizes) <= limit_bytes:
         return n_ubatch
-    while n_ubatch > MIN_UBATCH and sizes.compute_bytes > limit_bytes // COMPUTE_DIVISOR:
+    shared = limit_bytes - _fixed(limit_bytes, base_bytes, replace(sizes, compute_bytes=0))
+    while n_ubatch > MIN_UBATCH and sizes.compute_bytes > shared // COMPUTE_DIVISOR:
         n_ubatch, sizes = n_ubatch // 2, replace(sizes, compute_bytes=sizes.compute_bytes // 2)
     return n_ubatch
 

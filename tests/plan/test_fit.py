@@ -84,7 +84,7 @@ def test_what_a_refusal_asks_for_is_enough(dense_bytes: int, limit_bytes: int) -
 
 
 def test_a_ubatch_gets_smaller_before_a_model_is_refused() -> None:
-    """At 1.96 GiB an eighth is more than the buffers of 512 tokens, which leave less than the floor all the same."""
+    """At 1.73 GiB half of what is shared is more than the buffers of 128 tokens, which leave less than the floor all the same."""
     measured = []
 
     def measure(n_ubatch: int) -> Sizes:
@@ -92,18 +92,19 @@ def test_a_ubatch_gets_smaller_before_a_model_is_refused() -> None:
         return dataclasses.replace(SIZES, compute_bytes=n_ubatch * 480 << 10)
 
     options = {"paging": "on", "n_ctx": 8192}
-    n_ubatch, plan = fit(1900 * MIB, BASE, measure, 512, automatic_ubatch=True, **options)
-    assert n_ubatch == measured[-1] < 512
+    n_ubatch, plan = fit(1770 * MIB, BASE, measure, 512, automatic_ubatch=True, **options)
+    assert measured == [512, 128, 64]
+    assert n_ubatch == 64
     assert plan.paged
     with pytest.raises(BudgetError):
-        fit(1900 * MIB, BASE, measure, 512, automatic_ubatch=False, **options)
+        fit(1770 * MIB, BASE, measure, 512, automatic_ubatch=False, **options)
     with pytest.raises(BudgetError, match="compute 15 MiB"):
         fit(GIB, BASE, measure, 512, automatic_ubatch=True, **options)
 
 
 def test_a_paged_ubatch_leaves_memory_to_experts() -> None:
-    """Halved until its buffers take an eighth at most; untouched where the model fits, and never below the least."""
-    big = dataclasses.replace(SIZES, compute_bytes=1600 * MIB)
+    """Halved until its buffers take half of what they and experts share at most; untouched where the model fits, and never below the least."""
+    big = dataclasses.replace(SIZES, compute_bytes=4000 * MIB)
     assert paged_ubatch(512, 4 * GIB, BASE, SIZES) == 512
     assert paged_ubatch(512, 4 * GIB, BASE, big) == 128
     assert paged_ubatch(512, 64 * GIB, BASE, big) == 512
@@ -115,8 +116,13 @@ class Process:
 
     def __init__(self) -> None:
         self.rest, self.experts, self.budget = 500 * MIB, 0, 0
+        self.touched, self.trims = 0, 0
         self.watched = False
         self.governor = Governor(self.set_budget, lambda: self.experts, self.set_watched, lambda: self.rest + self.experts)
+
+    def trim(self) -> bool:
+        self.rest, self.touched, self.trims = self.rest - self.touched, 0, self.trims + 1
+        return True
 
     def set_watched(self, watched: bool) -> None:
         self.watched = watched
@@ -138,28 +144,67 @@ def test_budget_shrinks_when_the_rest_grows_and_never_below_the_floor() -> None:
     member = process.governor.admit(2 * GIB, 50 * MIB, 0)
     before = process.governor.settle(member, 50 * MIB, 0, 512)
     process.rest += 200 * MIB
-    process.governor.after_decode(member, 1)
+    process.governor.after_decode(member, 1, process.trim)
     assert process.budget == before - 200 * MIB
     process.rest = 3 * GIB
-    process.governor.after_decode(member, 1)
+    process.governor.after_decode(member, 1, process.trim)
     assert process.budget == 50 * MIB
 
 
-def test_buffers_that_a_decode_cannot_touch_belong_to_experts() -> None:
-    """They are kept free until a first decode, lent to experts while batches are no larger, and free again before a larger one."""
+def test_buffers_that_a_decode_does_not_touch_belong_to_experts() -> None:
+    """They are kept free until it is known how many tokens come, and lent to experts but for the part of those."""
     process = Process()
     member = process.governor.admit(2 * GIB, 50 * MIB, 0)
-    before = process.governor.settle(member, 50 * MIB, 300 * MIB, 512)
-    process.rest += 100 * MIB  # what a prompt of 100 tokens touched
-    process.governor.after_decode(member, 100)
-    assert process.budget == before + 200 * MIB
-    process.governor.before_decode(member, 1)
-    assert process.budget == before + 200 * MIB
-    process.governor.before_decode(member, 101)
-    assert process.budget <= before
-    process.rest += 200 * MIB
-    process.governor.after_decode(member, 512)
+    before = process.governor.settle(member, 50 * MIB, 512 * MIB, 512)
+    process.governor.before_decode(member, 100)
+    assert process.budget == before + 412 * MIB
+    process.rest += 100 * MIB
+    process.governor.after_decode(member, 100, process.trim)
+    process.governor.before_decode(member, 50)
+    assert process.budget == before + 412 * MIB
+    process.governor.after_decode(member, 50, process.trim)
     process.governor.before_decode(member, 2048)
+    assert process.budget == before
+    process.rest += 412 * MIB
+    process.governor.after_decode(member, 2048, process.trim)
+    process.governor.before_decode(member, 2048)
+    assert process.budget == before
+    assert process.trims == 0
+
+
+def test_after_a_prompt_its_buffers_belong_to_experts() -> None:
+    """From the first token on that is decoded alone; a few verified together take their part; the next prompt has all it needs."""
+    process = Process()
+    member = process.governor.admit(2 * GIB, 50 * MIB, 0)
+    before = process.governor.settle(member, 50 * MIB, 512 * MIB, 512)
+    process.rest += 512 * MIB
+    process.touched = 512 * MIB
+    process.governor.after_decode(member, 512, process.trim)
+    assert process.budget == before
+    process.governor.before_decode(member, 1)
+    assert process.budget == before
+    process.governor.after_decode(member, 1, process.trim)
+    assert process.trims == 1
+    assert process.budget == before + 512 * MIB
+    for n_tokens in (9, 1, 9):
+        process.governor.before_decode(member, n_tokens)
+        process.governor.after_decode(member, n_tokens, process.trim)
+    assert process.trims == 1
+    process.governor.before_decode(member, 512)
+    assert process.budget <= before + 9 * MIB
+    process.governor.before_decode(member, 256)
+    assert process.budget == before + 9 * MIB + 256 * MIB
+
+
+def test_buffers_that_cannot_be_given_back_are_counted() -> None:
+    """A model that is not paged has none that the pager knows."""
+    process = Process()
+    member = process.governor.admit(2 * GIB, 50 * MIB, 0)
+    before = process.governor.settle(member, 50 * MIB, 512 * MIB, 512)
+    process.rest += 512 * MIB
+    process.governor.after_decode(member, 512, lambda: False)
+    process.governor.after_decode(member, 1, lambda: False)
+    process.governor.before_decode(member, 512)
     assert process.budget == before
 
 

@@ -133,19 +133,31 @@ def test_an_answer_that_fits_and_one_that_does_not() -> None:
 
 
 def test_the_floor_caches_nothing() -> None:
-    """In so little memory every expert is read each time, but for what untouched compute buffers leave."""
-    asked = dataclasses.replace(question(), n_ubatch=512)
-    least = next(limit for limit in range(900 * MIB, 2 * GIB, MIB) if asked.answer(limit).speed is not None)
+    """In so little memory every expert is read each time, but for what compute buffers leave that are not in use; here there are none."""
+    asked = dataclasses.replace(question(), n_ubatch=512, measure=lambda _: dataclasses.replace(SIZES, compute_bytes=0))
+    least = next(limit for limit in range(800 * MIB, 2 * GIB, MIB) if asked.answer(limit).speed is not None)
     found = asked.answer(least)
     assert found.plan is not None and found.speed is not None
     assert found.plan.expert_budget_bytes < SIZES.floor_bytes + MIB
     assert 0.99 < found.speed.miss_rate <= 1.0
 
 
-def test_untouched_compute_buffers_hold_experts() -> None:
-    long, short = (dataclasses.replace(question(), prompt_tokens=n).answer(3 * GIB).speed for n in (512, 32))
-    assert long is not None and short is not None
-    assert short.miss_rate < long.miss_rate
+def test_compute_buffers_hold_experts_while_no_prompt_is_read() -> None:
+    """After a long prompt all but a token's part; a short prompt's part stays what it is."""
+
+    def miss_rate(prompt_tokens: int, compute_bytes: int) -> float:
+        asked = dataclasses.replace(question(), n_ubatch=512, prompt_tokens=prompt_tokens, measure=lambda _: sizes(compute_bytes))
+        speed = asked.answer(3 * GIB).speed
+        assert speed is not None
+        return speed.miss_rate
+
+    def sizes(compute_bytes: int) -> Sizes:
+        return dataclasses.replace(SIZES, compute_bytes=compute_bytes)
+
+    none = miss_rate(512, 0)
+    assert miss_rate(512, 512 * MIB) == pytest.approx(miss_rate(512, 0), rel=0.01)
+    assert miss_rate(512, 512 * MIB) == miss_rate(33, 512 * MIB) == miss_rate(1, 512 * MIB)
+    assert none < miss_rate(512, 512 * MIB) < miss_rate(16, 512 * MIB) < miss_rate(32, 512 * MIB)
 
 
 def test_the_curve_rises_with_memory_and_with_the_disk() -> None:

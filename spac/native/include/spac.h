@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define SPAC_ABI_VERSION 9
+#define SPAC_ABI_VERSION 10
 #define SPAC_EVENT_MAX_EXPERTS 32  // a token's experts beyond this many are counted, but not named in its event
 
 enum {
@@ -318,6 +318,9 @@ SPAC_API spac_context * spac_context_new(bool (*user_callback)(void *), void * u
 SPAC_API void           spac_context_free(spac_context * context);                          // after llama_free
 SPAC_API bool           spac_abort_callback(void * context);
 SPAC_API void           spac_cancel(spac_context * context);                                // the running or next decode returns 2
+// The compute buffer's pages go back to the system, and a graph touches again what it uses. Between decodes, of a living llama_context;
+// false: no graph with paged experts was computed since
+SPAC_API bool           spac_context_trim(spac_context * context);
 SPAC_API int            spac_context_take_error(spac_context * context, spac_error * error); // fills and clears, between decodes; returns error->code
 
 // -- recording: give spac_recorder_callback and the handle to llama_context_params.cb_eval --
