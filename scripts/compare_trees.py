@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--shares", type=int, nargs="+", default=[20, 30, 50], help="of the model, the process's memory, %%")
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--out", type=Path)
     parser.add_argument("options", nargs="*", default=ALONE, help=f"of spac run (default: {' '.join(ALONE)})")
     arguments = parser.parse_args()
@@ -37,16 +38,16 @@ def main() -> None:
         f"Written by `scripts/compare_trees.py`: `spac run {' '.join(arguments.options)}`, {arguments.tokens} tokens, {arguments.repeats} runs of each"
         " in turn, medians.\n",
         *(f"- {name}: commit {commit_of(tree)}" for name, tree in trees.items()),
-        f"- model: {arguments.model.name}, on {file_system_of(arguments.model)}\n",
-        "| memory | tokens/s before (all) | after (all) | after / before | CPU s a token | stall s a token | MB a token | same tokens |",
-        "|---|---|---|---|---|---|---|---|",
+        f"- model: {arguments.model.name}, on {file_system_of(arguments.model)}; what is for each token counts the prompt's work, too\n",
+        "| memory | tokens/s before (all) | after (all) | after / before | prompt, s | CPU s a token | stall s a token | MB a token | same tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for share in arguments.shares:
         limit = arguments.model.stat().st_size * share // 100
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in trees}
         for _ in range(arguments.repeats):
             for name, tree in trees.items():
-                runs[name].append(run(tree, arguments.model.resolve(), limit, arguments.tokens, arguments.options))
+                runs[name].append(run(tree, arguments.model.resolve(), limit, arguments.tokens, arguments.prompt, arguments.options))
         lines.append(row(share, runs))
         print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"
@@ -56,8 +57,8 @@ def main() -> None:
         print(text)
 
 
-def run(tree: Path, model: Path, limit: int, tokens: int, options: list[str]) -> dict[str, Any]:
-    command = [str(tree / ".venv/bin/spac"), "run", str(model), "--memory", str(limit), "--json", "-n", str(tokens), "-p", PROMPT, "--seed", "3"]
+def run(tree: Path, model: Path, limit: int, tokens: int, prompt: str, options: list[str]) -> dict[str, Any]:
+    command = [str(tree / ".venv/bin/spac"), "run", str(model), "--memory", str(limit), "--json", "-n", str(tokens), "-p", prompt, "--seed", "3"]
     done = subprocess.run([*command, *options], cwd=tree, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{tree}: {done.stderr.strip()}")
@@ -77,9 +78,10 @@ def row(share: int, runs: dict[str, list[dict[str, Any]]]) -> str:
         return " / ".join(f"{value / scale:.{digits}f}" for value in values)
 
     cells = " | ".join(f"{medians[name]:.1f} ({' '.join(f'{value:.1f}' for value in speeds[name])})" for name in runs)
+    prompt = " / ".join(f"{statistics.median(run['prefill_s'] for run in of):.2f}" for of in runs.values())
     same = len({tuple(run["token_ids"]) for of in runs.values() for run in of}) == 1
     return (
-        f"| {share} % | {cells} | {medians['after'] / medians['before']:.2f} | {both('cpu_s', 1, 4)} | {both('stall_s', 1, 4)} |"
+        f"| {share} % | {cells} | {medians['after'] / medians['before']:.2f} | {prompt} | {both('cpu_s', 1, 4)} | {both('stall_s', 1, 4)} |"
         f" {both('bytes_read', 1e6, 1)} | {'yes' if same else 'no'} |"
     )
 

@@ -399,9 +399,10 @@ def bounds(runs: list[dict[str, Any]], folder: Path) -> list[str]:
     """Decoding as a share of max(resident compute time, the missed bytes in the bare reader's time)."""
     lines = [
         "## Share of the bound\n", "Bound: the longer of computing with everything in memory and of reading what the run missed, by the bare reader in the same run, six slices in flight.",
-        "*Touched*: a bare reader that touches every line of what it read, once, as whoever computes with it must. *Both in turn*: the sum of computing and of reading, touched, which is what remains where a layer's reads can begin only when its router has chosen.",
+        "*Touched*: a bare reader that touches every line of what it read, once, as whoever computes with it must. *Both in turn*: the sum of computing and of reading, touched.",
+        "*On demand*: what paging on demand would take if reading took nothing from computing and nobody had to be woken: a layer's reads, at the bare reader's rate, begin when its router has chosen; what is in memory is computed meanwhile, and each slice that was missed when it has come (`layer_s` in spac/trace/timing.py, without `spac tune`'s waits).",
         "*Least MB a token*: what Belady's MIN, over the prompt and the answer, would have read for the answer in as many slots, bundles fetched on demand; *its bound*: the longer of computing and of that, at the bare reader's rate.\n",
-        "| profile | memory | reads limited to | MB a token | ms a token | computing, ms | bare reading, ms | touched, ms | share of the bound | of the bound, touched | of both in turn | least MB a token | its bound, ms |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| profile | memory | reads limited to | MB a token | ms a token | computing, ms | bare reading, ms | touched, ms | share of the bound | of the bound, touched | of both in turn | on demand, ms | share of it | least MB a token | its bound, ms |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for run in runs:
         if run["kind"] == "speed":
@@ -410,11 +411,13 @@ def bounds(runs: list[dict[str, Any]], folder: Path) -> list[str]:
             wall, bare, touched = (sum(row[key] for row in run["tokens"]) / n for key in ("wall_s", "huge_s", "touched_s"))
             compute = resident.token_s
             n_bytes = sum(row["bytes_read"] for row in run["tokens"]) / n
+            rate = Reads({(max(trace.bundle_bytes), READS_IN_FLIGHT): n_bytes / bare})
+            on_demand = 1 / predict(trace, replay(trace, slots_of(run, trace)), resident, rate).tokens_per_s
             least = int(replay(trace, slots_of(run, trace), "min", "global").missed[-n:].sum()) * max(trace.bundle_bytes) / n
             lines.append(
                 f"| {label(run)} | {n_bytes / 1e6:.1f} | {wall * 1e3:.1f} | {compute * 1e3:.1f} | {bare * 1e3:.1f} | {touched * 1e3:.1f}"
                 f" | {max(compute, bare) / wall:.1%} | {max(compute, touched) / wall:.1%} | {(compute + touched) / wall:.1%}"
-                f" | {least / 1e6:.1f} | {max(compute, bare * least / max(n_bytes, 1)) * 1e3:.1f} |"
+                f" | {on_demand * 1e3:.1f} | {on_demand / wall:.1%} | {least / 1e6:.1f} | {max(compute, bare * least / max(n_bytes, 1)) * 1e3:.1f} |"
             )
     return lines
 
