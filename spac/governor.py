@@ -24,10 +24,11 @@ class _Member:
     compute_bytes: int = 0  # buffers of a ubatch; fewer tokens touch about their part of them
     n_touched: int = 0  # tokens of the largest ubatch since they were last trimmed: what is in memory of them
     n_next: int = 0  # tokens of the ubatch that comes or is computed
+    n_failed: int = 0  # tokens of the largest one since then that was not finished: nobody knows what it touched
 
-    @property
-    def untouched_bytes(self) -> int:
-        return self.compute_bytes * max(0, self.n_next - self.n_touched) // self.n_ubatch
+    def untouched_bytes(self, n_tokens: int) -> int:
+        """What a ubatch of so many tokens adds to what is in memory."""
+        return self.compute_bytes * max(0, n_tokens - self.n_touched) // self.n_ubatch
 
 
 class Governor:
@@ -60,9 +61,9 @@ class Governor:
         """The tightest limit of all models that are loaded."""
         return min((member.limit_bytes for member in self._members.values()), default=0)
 
-    def rest_bytes(self) -> int:
-        """What the process takes besides experts, with what decodes are about to touch."""
-        untouched = sum(member.untouched_bytes for member in self._members.values())
+    def rest_bytes(self, *, most: bool = False) -> int:
+        """What the process takes besides experts, with what decodes are about to touch; `most`: with all that any decode may touch."""
+        untouched = sum(m.untouched_bytes(m.n_ubatch if most else m.n_next) for m in self._members.values())
         return max(0, self._resident() - self._used_bytes()) + untouched
 
     def admit(self, limit_bytes: int, floor_bytes: int, need_bytes: int) -> int:
@@ -80,7 +81,7 @@ class Governor:
             member = self._next
             self._next += 1
             self._members[member] = _Member(limit_bytes, floor_bytes)
-            budget = self._left() - need_bytes
+            budget = self._left(most=True) - need_bytes
             self._apply(max(self._floor(), min(budget, self.budget_bytes)))
             return member
 
@@ -96,13 +97,13 @@ class Governor:
         with self._lock:
             m = self._members[member]
             m.floor_bytes, m.compute_bytes, m.n_ubatch, m.n_next = floor_bytes, compute_bytes, n_ubatch, n_ubatch
-            budget = self._left()
-            floor = self._floor()
-            if budget < floor:
+            least, floor = self._left(most=True), self._floor()
+            if least < floor:
                 raise BudgetError(
-                    f"the loaded model leaves {format_bytes(max(budget, 0))} for experts, they need {format_bytes(floor)};"
-                    f" raise --memory by {format_bytes(with_reserve(floor - budget), up=True)} or lower --ctx"
+                    f"the loaded model leaves {format_bytes(max(least, 0))} for experts, they need {format_bytes(floor)};"
+                    f" raise --memory by {format_bytes(with_reserve(floor - least), up=True)} or lower --ctx"
                 )
+            budget = self._left()
             self._apply(budget)
             if floor > 0:
                 self._watch(True)
@@ -112,8 +113,10 @@ class Governor:
         """Make room for what the decode will touch of its buffers."""
         with self._lock:
             m = self._members[member]
-            before, m.n_next = m.untouched_bytes, min(n_tokens, m.n_ubatch)
-            if m.untouched_bytes != before:
+            before, m.n_next = m.n_next, min(n_tokens, m.n_ubatch)
+            if before > m.n_touched:
+                m.n_failed = max(m.n_failed, before)
+            if m.untouched_bytes(m.n_next) != m.untouched_bytes(before):
                 self._follow()
 
     def after_decode(self, member: int, n_tokens: int, trim: Callable[[], bool]) -> None:
@@ -126,8 +129,8 @@ class Governor:
         with self._lock:
             m = self._members[member]
             m.n_touched = max(m.n_touched, min(n_tokens, m.n_ubatch))
-            if n_tokens <= MIN_UBATCH < m.n_touched and trim():
-                m.n_touched = m.n_next = 0
+            if n_tokens <= MIN_UBATCH < max(m.n_touched, m.n_failed) and trim():
+                m.n_touched = m.n_next = m.n_failed = 0
             self._follow()
 
     def _follow(self) -> None:
@@ -146,13 +149,13 @@ class Governor:
             before = [member.limit_bytes for member in self._members.values()]
             for member in self._members.values():
                 member.limit_bytes = limit_bytes
-            budget, floor = self._left(), self._floor()
-            if budget < floor:
+            least, floor = self._left(most=True), self._floor()
+            if least < floor:
                 for member, old in zip(self._members.values(), before, strict=True):
                     member.limit_bytes = old
-                least = format_bytes(limit_bytes + with_reserve(floor - budget), up=True)
-                raise BudgetError(f"{format_bytes(limit_bytes)} are not enough for what is loaded: it needs {least}")
-            self._apply(budget)
+                enough = format_bytes(limit_bytes + with_reserve(floor - least), up=True)
+                raise BudgetError(f"{format_bytes(limit_bytes)} are not enough for what is loaded: it needs {enough}")
+            self._apply(self._left())
 
     def cap(self, n_bytes: int | None) -> None:
         """Give experts no more than this, however much is left; None: no cap. Gone when the last model is.
@@ -184,8 +187,8 @@ class Governor:
         """The process ends: what measures memory may be gone when models are, and no budget matters any more."""
         self._leaving = True
 
-    def _left(self) -> int:
-        left = self.limit_bytes - self.rest_bytes() - reserve_bytes(self.limit_bytes)
+    def _left(self, *, most: bool = False) -> int:
+        left = self.limit_bytes - self.rest_bytes(most=most) - reserve_bytes(self.limit_bytes)
         return left if self._cap_bytes is None else min(left, self._cap_bytes)
 
     def _floor(self) -> int:

@@ -351,17 +351,26 @@ class Llama(llama_cpp.Llama):
             model=model,
             params=params,
             verbose=verbose,
-            before_decode=void if member is None else functools.partial(_governor.before_decode, member),
-            after_decode=void if member is None else functools.partial(_governor.after_decode, member),
+            before_decode=void if member is None else functools.partial(self._before_decode, member),
+            after_decode=void if member is None else functools.partial(self._after_decode, member),
             recorder=self.spac.recorder,
         )
         self.spac._context = context
         return context
 
+    def _before_decode(self, member: int, n_tokens: int) -> None:
+        # a chat handler may have images computed in the same buffers, which the context is not told
+        _governor.before_decode(member, n_tokens if self.chat_handler is None else self.context_params.n_ubatch)
+
+    def _after_decode(self, member: int, n_tokens: int, trim: Callable[[], bool]) -> None:
+        _governor.after_decode(member, n_tokens, trim if self.chat_handler is None else lambda: False)
+
     def _adjust_context(self, context_params: Any) -> None:
         """Set what llama_cpp.Llama cannot be asked for."""
         if self._flash_attn is None:
             context_params.flash_attn_type = upstream.LLAMA_FLASH_ATTN_TYPE_AUTO
+        if not self._logits_all and not context_params.embeddings:
+            context_params.n_outputs_max = seam.MAX_FORESEEN  # what is verified at once; of a prompt the last token's logits are wanted
 
     # -- memory --
 
@@ -375,7 +384,7 @@ class Llama(llama_cpp.Llama):
         try:
             _, plan = fit(
                 self._limit_bytes,
-                _governor.rest_bytes(),
+                _governor.rest_bytes(most=True),
                 measure,
                 self.context_params.n_ubatch,
                 automatic_ubatch=self._automatic_ubatch,

@@ -265,8 +265,7 @@ void * on_begin_op(const ggml_tensor * dst, const int64_t * row_counts, int32_t 
         return nullptr;
     }
     if (current_context && dst->buffer && dst->buffer->usage == GGML_BACKEND_BUFFER_USAGE_COMPUTE) {
-        current_context->compute_base  = (uintptr_t) ggml_backend_buffer_get_base(dst->buffer);
-        current_context->compute_bytes = ggml_backend_buffer_get_size(dst->buffer);
+        current_context->computes_in(ggml_backend_buffer_get_base(dst->buffer), ggml_backend_buffer_get_size(dst->buffer));
     }
     const ggml_tensor * ids = dst->src[2];
     const Routing routing = { (const char *) ids->data, ids->ne[1], (int) ids->ne[0], ids->nb[1], ids->nb[0] };

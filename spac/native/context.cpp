@@ -1,7 +1,8 @@
 #include "context.h"
 
+#include "store.h"
+
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstring>
 
@@ -27,10 +28,19 @@ int spac_context::take(spac_error & error) {
     return error.code;
 }
 
+void spac_context::computes_in(void * base, size_t bytes) {
+    const size_t    page  = spac::kernel_page_size();
+    uint8_t * const begin = (uint8_t *) (((uintptr_t) base + page - 1) / page * page);
+    uint8_t * const end   = (uint8_t *) (((uintptr_t) base + bytes) / page * page);
+    const size_t    whole = begin < end ? (size_t) (end - begin) : 0;
+    if (compute_begin_ != begin || compute_bytes_ != whole) {
+        madvise(begin, whole, MADV_NOHUGEPAGE);
+        compute_begin_ = begin;
+        compute_bytes_ = whole;
+    }
+}
+
 bool spac_context::trim() {
-    const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
-    const uintptr_t base  = compute_base.exchange(0);
-    const uintptr_t begin = (base + page - 1) / page * page;
-    const uintptr_t end   = (base + compute_bytes) / page * page;
-    return base && begin < end && madvise((void *) begin, end - begin, MADV_DONTNEED) == 0;
+    uint8_t * const begin = compute_begin_.exchange(nullptr);
+    return begin && compute_bytes_ > 0 && madvise(begin, compute_bytes_, MADV_DONTNEED) == 0;
 }

@@ -35,9 +35,6 @@ struct spac_context {
 
     std::atomic<bool> stopped{ false };
 
-    // The compute buffer of the last graph that had paged experts. Written while it is computed, read between decodes.
-    std::atomic<uintptr_t> compute_base{ 0 };
-    std::atomic<size_t>    compute_bytes{ 0 };
 
     // guarded by the pager's mutex
     spac::Visit visit;
@@ -48,10 +45,16 @@ struct spac_context {
     void stop(int code, int os_error, const std::string & path, uint64_t offset, uint64_t length);
     int  take(spac_error & error);
 
+    // A graph is computed in this buffer, one page at a time: few tokens touch little of it.
+    void computes_in(void * base, size_t bytes);
     // Gives back the pages of the compute buffer, if one is known: nothing in it outlives a decode, and the next one writes before it reads.
     bool trim();
 
   private:
+    // whole pages of the compute buffer of the last graph that had paged experts; written while it is computed, read between decodes
+    std::atomic<uint8_t *> compute_begin_{ nullptr };
+    std::atomic<size_t>    compute_bytes_{ 0 };
+
     std::mutex error_mutex_;
     spac_error error_{};
 };

@@ -291,7 +291,7 @@ TEST_CASE("repacked weights: a token's results are the same in a batch, where fo
     MESSAGE(n_types, " types");
 }
 
-TEST_CASE("a context gives back what is in memory of its compute buffer, and the next graph finds it as good as new") {
+TEST_CASE("a context gives back what is in memory of its compute buffer, once, and the next graph is computed in it as before") {
     REQUIRE(spac_init() == SPAC_OK);
     REQUIRE(spac_budget_set(64 << 20) == SPAC_OK);
     const WeightFile file(GGML_TYPE_Q4_0);

@@ -101,7 +101,7 @@ def paged_ubatch(n_ubatch: int, limit_bytes: int, base_bytes: int, sizes: Sizes)
         return n_ubatch
     shared = limit_bytes - _fixed(limit_bytes, base_bytes, replace(sizes, compute_bytes=0))
     while n_ubatch > MIN_UBATCH and sizes.compute_bytes > shared // COMPUTE_DIVISOR:
-        n_ubatch, sizes = n_ubatch // 2, replace(sizes, compute_bytes=sizes.compute_bytes // 2)
+        n_ubatch, sizes = max(MIN_UBATCH, n_ubatch // 2), replace(sizes, compute_bytes=sizes.compute_bytes // 2)
     return n_ubatch
 
 

@@ -227,8 +227,9 @@ def speed(work: Work, plan: Plan, machine: Machine, *, n_ctx: int, n_ubatch: int
 
 def _while_decoding(plan: Plan, n_ubatch: int, prompt_tokens: int) -> Plan:
     """With what the governor gives to experts of the compute buffers: what a short prompt left, after a longer one all but a token's."""
-    touched = prompt_tokens if prompt_tokens <= MIN_UBATCH else 1
-    untouched = int(plan.sizes.compute_bytes * (1 - min(1.0, touched / n_ubatch)))
+    longest = min(prompt_tokens, n_ubatch)
+    touched = longest if longest <= MIN_UBATCH else 1
+    untouched = int(plan.sizes.compute_bytes * (1 - touched / n_ubatch))
     return dataclasses.replace(plan, expert_budget_bytes=min(plan.expert_budget_bytes + untouched, plan.sizes.expert_bytes))
 
 

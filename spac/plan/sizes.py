@@ -63,6 +63,7 @@ def measure_default_sizes(path: str, facts: ModelFacts, *, n_ctx: int, n_ubatch:
     context_params.n_ctx = n_ctx or facts.n_ctx_train
     context_params.n_ubatch = n_ubatch
     context_params.n_batch = max(512, n_ubatch)
+    context_params.n_outputs_max = seam.MAX_FORESEEN
     context_params.n_threads = context_params.n_threads_batch = n_threads
     context_params.flash_attn_type = upstream.LLAMA_FLASH_ATTN_TYPE_AUTO
     return measure_sizes(path, facts, model_params, context_params)

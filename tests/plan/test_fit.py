@@ -196,6 +196,45 @@ def test_after_a_prompt_its_buffers_belong_to_experts() -> None:
     assert process.budget == before + 9 * MIB + 256 * MIB
 
 
+def test_buffers_of_a_prompt_that_failed_are_given_back_all_the_same() -> None:
+    """Nobody knows how much of them is in memory; a retry finds room for all."""
+    process = Process()
+    member = process.governor.admit(2 * GIB, 50 * MIB, 0)
+    before = process.governor.settle(member, 50 * MIB, 512 * MIB, 512)
+    for n_tokens in (20, 512):
+        process.governor.before_decode(member, n_tokens)
+        if n_tokens == 20:
+            process.governor.after_decode(member, n_tokens, process.trim)
+    process.rest += 300 * MIB
+    process.touched = 300 * MIB
+    process.governor.before_decode(member, 512)
+    assert process.budget <= before
+    process.governor.before_decode(member, 1)
+    trims = process.trims
+    process.governor.after_decode(member, 1, process.trim)
+    assert process.trims == trims + 1
+    assert process.budget == before + 512 * MIB
+
+
+def test_a_limit_leaves_room_for_the_next_prompt() -> None:
+    """As does a model that comes: what the buffers gave back to experts is wanted again."""
+    process = Process()
+    member = process.governor.admit(2 * GIB, 50 * MIB, 0)
+    process.governor.settle(member, 50 * MIB, 512 * MIB, 512)
+    process.governor.before_decode(member, 1)
+    process.governor.after_decode(member, 1, process.trim)
+    assert process.governor.rest_bytes(most=True) == process.governor.rest_bytes() + 511 * MIB + MIB * (process.trims > 0)
+    with pytest.raises(BudgetError, match="it needs"):
+        process.governor.limit(GIB)
+    process.governor.limit(GIB + 120 * MIB)
+    assert process.budget > 500 * MIB
+    process.governor.before_decode(member, 512)
+    assert process.budget >= 50 * MIB
+    second = process.governor.admit(GIB + 120 * MIB, 60 * MIB, 0)
+    with pytest.raises(BudgetError, match="raise --memory by"):
+        process.governor.settle(second, 60 * MIB, 100 * MIB, 512)
+
+
 def test_buffers_that_cannot_be_given_back_are_counted() -> None:
     """A model that is not paged has none that the pager knows."""
     process = Process()

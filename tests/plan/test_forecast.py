@@ -157,6 +157,10 @@ def test_compute_buffers_hold_experts_while_no_prompt_is_read() -> None:
     none = miss_rate(512, 0)
     assert miss_rate(512, 512 * MIB) == pytest.approx(miss_rate(512, 0), rel=0.01)
     assert miss_rate(512, 512 * MIB) == miss_rate(33, 512 * MIB) == miss_rate(1, 512 * MIB)
+    tight = dataclasses.replace(question(), n_ubatch=32, measure=lambda _: sizes(512 * MIB))  # a ubatch that is never given back
+    of_tight = tight.answer(3 * GIB).speed
+    assert of_tight is not None
+    assert of_tight.miss_rate > miss_rate(32, 512 * MIB)
     assert none < miss_rate(512, 512 * MIB) < miss_rate(16, 512 * MIB) < miss_rate(32, 512 * MIB)
 
 
