@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Whether a change is faster: `spac run` from two trees in turn, each built by `make build`, on one model at several memory limits.
 
-    .venv/bin/python scripts/compare_trees.py ../before . /dev/shm/model.gguf --shares 20 30 50 --out docs/benchmarks/slots.md
+    .venv/bin/python scripts/compare_trees.py --shares 20 30 50 --out docs/benchmarks/slots.md -- ../before . /dev/shm/model.gguf
 
 With the model in a tmpfs nothing is waited for but the processor and memory, so a change of the pager's own cost is seen; on a disk it
-is as large as the disk leaves it. Options after `--` go to `spac run`.
+is as large as the disk leaves it. What follows the model, behind `--`, are options of `spac run`.
 """
 
 from __future__ import annotations
