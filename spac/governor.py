@@ -114,7 +114,7 @@ class Governor:
         with self._lock:
             m = self._members[member]
             before, m.n_next = m.n_next, min(n_tokens, m.n_ubatch)
-            if before > m.n_touched:
+            if before > m.n_touched:  # the last one was not finished, or there was none
                 m.n_failed = max(m.n_failed, before)
             if m.untouched_bytes(m.n_next) != m.untouched_bytes(before):
                 self._follow()

@@ -35,7 +35,6 @@ struct spac_context {
 
     std::atomic<bool> stopped{ false };
 
-
     // guarded by the pager's mutex
     spac::Visit visit;
     int         last_group = 1 << 30;  // index of the group last visited: a smaller or equal one begins a ubatch

@@ -313,7 +313,7 @@ TEST_CASE("a context gives back what is in memory of its compute buffer, once, a
     const std::vector<float> before = graph.compute(1, 2);
     CHECK(resident_pages() > 16);
     CHECK(spac_context_trim(context));
-    CHECK(resident_pages() <= 2);            // its ends, shared with others' memory
+    CHECK(resident_pages() <= 2);        // its ends, shared with others' memory
     CHECK(!spac_context_trim(context));  // given back already
     CHECK(same_bits(graph.compute(1, 2), before));
     CHECK(spac_context_trim(context));
