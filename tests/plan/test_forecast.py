@@ -155,7 +155,7 @@ def test_compute_buffers_hold_experts_while_no_prompt_is_read() -> None:
         return dataclasses.replace(SIZES, compute_bytes=compute_bytes)
 
     none = miss_rate(512, 0)
-    assert miss_rate(512, 512 * MIB) == pytest.approx(miss_rate(512, 0), rel=0.01)
+    assert miss_rate(512, 512 * MIB) == pytest.approx(none, rel=0.01)
     assert miss_rate(512, 512 * MIB) == miss_rate(33, 512 * MIB) == miss_rate(1, 512 * MIB)
     tight = dataclasses.replace(question(), n_ubatch=32, measure=lambda _: sizes(512 * MIB))  # a ubatch that is never given back
     of_tight = tight.answer(3 * GIB).speed
