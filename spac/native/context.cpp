@@ -30,8 +30,8 @@ int spac_context::take(spac_error & error) {
 
 void spac_context::computes_in(void * base, size_t bytes) {
     const size_t    page  = spac::kernel_page_size();
-    uint8_t * const begin = (uint8_t *) (((uintptr_t) base + page - 1) / page * page);
-    uint8_t * const end   = (uint8_t *) (((uintptr_t) base + bytes) / page * page);
+    uint8_t * const begin = (uint8_t *) spac::align_up((uintptr_t) base, page);
+    uint8_t * const end   = (uint8_t *) spac::align_down((uintptr_t) base + bytes, page);
     const size_t    whole = begin < end ? (size_t) (end - begin) : 0;
     if (compute_begin_ != begin || compute_bytes_ != whole) {
         madvise(begin, whole, MADV_NOHUGEPAGE);

@@ -61,14 +61,6 @@ int populate_pages(void * address, size_t length) {
     return madvise(address, length, MADV_POPULATE_READ) == 0 ? 0 : errno;
 }
 
-static uintptr_t align_down(uintptr_t value, size_t align) {
-    return value - value % align;
-}
-
-static uintptr_t align_up(uintptr_t value, size_t align) {
-    return align_down(value + align - 1, align);
-}
-
 //
 // ModelFile
 //

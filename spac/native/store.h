@@ -16,6 +16,14 @@ size_t page_size();
 size_t kernel_page_size();
 size_t huge_page_size();  // 0: the kernel has none
 
+inline uintptr_t align_down(uintptr_t value, size_t align) {
+    return value - value % align;
+}
+
+inline uintptr_t align_up(uintptr_t value, size_t align) {
+    return align_down(value + align - 1, align);
+}
+
 // Into what a length of whole units is cut, so that no piece is longer than `most` unless a unit is, and all are of about one size: what
 // little a last one had left would take nearly as long to read as a whole piece.
 size_t even_piece(size_t length, size_t unit, size_t most);
